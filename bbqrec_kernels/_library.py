@@ -1,0 +1,64 @@
+"""Loads the compiled libraries beside this file, and remembers why one could not be loaded.
+
+`setup.py` writes the libraries (`_C` for the CPU, `_C_cuda` for CUDA) and `_build.json`, which says for each
+whether it was built, with what, and if not, why. Importing never fails: a missing library is reported by the call
+that needs it and by `python -m bbqrec_kernels.collect_env`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_SUFFIXES = (".so", ".dylib")
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library: whether its kernels are registered, and the reason if they are not."""
+
+    name: str
+    path: Path | None
+    blocker: str | None  # None when loaded, otherwise why its kernels cannot run
+    build: dict[str, Any] = field(default_factory=dict)  # compiler, torch headers, ... as setup.py wrote them
+
+    @property
+    def loaded(self) -> bool:
+        return self.blocker is None
+
+
+def _read_build_summary() -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((_FOLDER / "_build.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _load(name: str, title: str, build: dict[str, Any]) -> Library:
+    path = next((p for p in (_FOLDER / f"{name}{suffix}" for suffix in _SUFFIXES) if p.exists()), None)
+    if path is None:
+        reason = build.get("reason", "this installation holds no compiled library")
+        return Library(name, None, f"the {title} library was not built: {reason}", build)
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        built_for = build.get("torch", "an unknown torch")
+        return Library(
+            name,
+            path,
+            f"the {title} library (built against torch {built_for}) does not load into torch {torch.__version__}: "
+            f"{first_line}",
+            build,
+        )
+    return Library(name, path, None, build)
+
+
+_SUMMARY = _read_build_summary()
+CPU = _load("_C", "CPU", _SUMMARY.get("cpu", {}))
+CUDA = _load("_C_cuda", "CUDA", _SUMMARY.get("cuda", {}))

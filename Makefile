@@ -1,0 +1,62 @@
+# Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.10, make and a C++ compiler.
+#   demo     train and compare the models on a generated catalogue        lint    ruff and clang-format
+#   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
+#   check    what is slower: other architectures, sanitizers, packaging, docs
+#   build    the compiled library, in the source tree                     clean   remove what was built
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# A library that does not compile must not pass unseen here; BBQ_REQUIRE_CPU=0 works with the pure-Python package.
+export BBQ_REQUIRE_CPU ?= 1
+
+# On Linux the plain version of torch may be a CUDA build of several GB. PyTorch's own index has the CPU build where
+# pip's other sources do not.
+TORCH_PIN := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(TORCH_PIN)$(if $(filter Linux,$(shell uname -s)),+cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+INSTALLED := $(VENV)/.installed
+BUILT := bbqrec_kernels/_build.json
+
+.PHONY: demo test check build lint format clean
+
+demo: build
+	$(BIN)/bbqrec demo $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: build
+	$(BIN)/python tools/check.py $(ARGS)
+
+build: $(BUILT)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache bbqrec_kernels/_C.so $(BUILT)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): constraints.txt pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "$(TORCH)" || $(PIP) install -c constraints.txt --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) install -c constraints.txt setuptools cmake ninja
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[models,dev]"
+	touch $@
+
+$(BUILT): $(INSTALLED) CMakeLists.txt $(CPP)
+	$(BIN)/python setup.py -q build_libraries --inplace
+	touch $@

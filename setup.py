@@ -21,7 +21,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -126,12 +128,8 @@ def build_cpu(build_folder: Path, target: Path) -> dict[str, object]:
     run([cmake, "--build", str(build_folder)], "compiling failed")
     replace(target, (build_folder / "_C.so").read_bytes())
     details = dict(line.split("=", 1) for line in (build_folder / "_C.txt").read_text().splitlines())
-    return {
-        "built": True,
-        "torch": version,
-        "compiler": details["compiler"],
-        "flags": " ".join(details["flags"].split()),
-    }
+    flags = " ".join(details["flags"].split())
+    return {"built": True, "torch": version, "compiler": details["compiler"], "flags": flags}
 
 
 def build_cuda() -> dict[str, object]:
@@ -154,8 +152,8 @@ class BuildLibraries(Command):
     """Compiles the libraries and writes _build.json, which says what was built, with what, and why not."""
 
     description = "compile the libraries of bbqrec_kernels with CMake"
-    user_options = [("inplace", "i", "write into the source tree, and keep objects for the next time")]
-    boolean_options = ["inplace"]
+    user_options: ClassVar = [("inplace", "i", "write into the source tree, and keep objects for the next time")]
+    boolean_options: ClassVar = ["inplace"]
     editable_mode = False
 
     def initialize_options(self) -> None:
@@ -167,7 +165,9 @@ class BuildLibraries(Command):
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
-            self.build_into(ROOT / PACKAGE, ROOT / "build" / "cpu")
+            # CMake keeps the compiler and the flags that it first saw: others get another folder.
+            seen = repr([os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE")])
+            self.build_into(ROOT / PACKAGE, ROOT / "build" / f"cpu-{zlib.crc32(seen.encode()):08x}")
         else:
             with tempfile.TemporaryDirectory() as build_folder:
                 self.build_into(Path(self.build_lib) / PACKAGE, Path(build_folder))
@@ -210,7 +210,7 @@ class BuildLibraries(Command):
 class Build(build):
     """A build starts from an empty folder: what was deleted or not built this time must not ship."""
 
-    sub_commands = [*build.sub_commands, ("build_libraries", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_libraries", None)]
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)

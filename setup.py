@@ -223,6 +223,7 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build")
         self.root_is_pure = not self.get_finalized_command("build_libraries").built
+        self.distribution.has_ext_modules = lambda: not self.root_is_pure  # what `install` asks for the folder
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -9,6 +9,8 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
+NO_SUCH_KERNEL = "this version has no such kernel for it"
+
 _warned: set[tuple[str, str]] = set()
 
 

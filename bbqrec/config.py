@@ -1,0 +1,139 @@
+"""Every option of a run, with its default. `Config.load` reads `config.yaml`, `Config.override` the command line.
+
+Weights of 0 and the switches below are the ablations of the method: nothing else is needed to run one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class TokenizerConfig(Section):
+    """Behaviour-semantic alignment: features to semantic IDs (paper section on behaviour-bind quantization)."""
+
+    modalities: list[str] | None = Field(None, description="feature sets to use; null takes all that the data has")
+    levels: int = Field(4, ge=1, le=16, description="codes per semantic ID, L")
+    codebook_size: int = Field(64, ge=1, description="codewords per level, K")
+    dim: int = Field(64, ge=1, description="width of the codewords, d")
+    hidden: int = Field(256, ge=1, description="hidden width of encoders and decoders")
+    shared_codebooks: bool = Field(True, description="one codebook for all modalities and behaviour, or one each")
+    disentangle: bool = Field(True, description="give the decoder a modality-specific part beside the quantized one")
+    commitment_weight: float = Field(0.25, ge=0, description="beta of the quantization loss")
+    reconstruction_weight: float = Field(1.0, ge=0)
+    quantization_weight: float = Field(1.0, ge=0)
+    club_weight: float = Field(0.01, ge=0, description="upper bound on the information shared by both parts")
+    item_contrast_weight: float = Field(0.1, ge=0, description="InfoNCE between modalities and behaviour of an item")
+    sequence_contrast_weight: float = Field(0.1, ge=0, description="InfoNCE between a history and its next item")
+    temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
+    epochs: int = Field(30, ge=1)
+    batch_tokens: int = Field(2048, ge=2, description="interactions per step")
+    batch_items: int = Field(1024, ge=2, description="items per step, at least: catalogue items fill up the batch's own")
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class ModelConfig(Section):
+    """The sequence model: a pre-norm causal Transformer over items."""
+
+    dim: int = Field(64, ge=1, description="width of item vectors and hidden states")
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
+    item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
+    reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
+    cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
+
+
+class TrainingConfig(Section):
+    """Training of the sequence model."""
+
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
+    patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    batch_tokens: int = Field(2048, ge=2, description="interactions per step")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Config(Section):
+    """All options of a run."""
+
+    model_name: Literal["bbqrec", "sasrec"] = "bbqrec"
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Reads a YAML file. Raises `ValueError` naming the first wrong key or value."""
+        values = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: got {type(values).__name__}, expected a mapping of options")
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Config:
+        """Builds a config from nested mappings. Raises `ValueError` naming the first wrong key or value."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(_first_complaint(error)) from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
+
+    def override(self, assignments: Iterable[str] | Mapping[str, Any]) -> Config:
+        """A copy with `section.key=value` strings, or a mapping of dotted keys, applied; values are read as YAML."""
+        if not isinstance(assignments, Mapping):
+            pairs = (_split_assignment(a) for a in assignments)
+            assignments = {key: yaml.safe_load(value) for key, value in pairs}
+        values = self.model_dump()
+        for key, value in assignments.items():
+            *sections, leaf = key.split(".")
+            target = values
+            for name in sections:
+                target = target.setdefault(name, {})
+                if not isinstance(target, dict):
+                    raise ValueError(f"config key {key!r}: {name!r} is an option, not a section")
+            target[leaf] = value
+        return Config.parse(values)
+
+
+def option_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all options, in the order of this file."""
+    names = []
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names += option_names(info.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _split_assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"config override: got {text!r}, expected section.key=value, e.g. training.seed=1")
+    return key.strip(), value
+
+
+def _first_complaint(error: ValidationError) -> str:
+    complaint = error.errors()[0]
+    key = ".".join(str(part) for part in complaint["loc"])
+    if complaint["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, option_names(), n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(option_names())}"
+        return f"config key {key!r} does not exist{hint}"
+    return f"config key {key!r}: got {complaint['input']!r}, {complaint['msg'][0].lower()}{complaint['msg'][1:]}"

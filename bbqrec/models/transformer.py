@@ -1,0 +1,60 @@
+"""The causal Transformer that every sequence model here uses, on packed sequences: no padding is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bbqrec.data.batches import PackedBatch
+from bbqrec_kernels import similarity_attention_varlen
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim: got {dim}, expected a multiple of heads={heads}")
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, batch: PackedBatch, terms: Sequence = ()) -> Tensor:
+        query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        attended = similarity_attention_varlen(
+            query, key, value, terms, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, is_causal=True
+        )  # (T, H, D)
+        hidden = hidden + self.dropout(self.project(attended.flatten(1)))
+        return hidden + self.dropout(self.feed_forward(hidden))
+
+
+class CausalTransformer(nn.Module):
+    """Item vectors of packed histories `(T, dim)` to hidden states `(T, dim)`.
+
+    Args:
+        dim, layers, heads, dropout: the usual.
+        max_length: longest sequence; positions count from the start of a sequence.
+    """
+
+    def __init__(self, dim: int, layers: int, heads: int, dropout: float, max_length: int):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(max_length, dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, vectors: Tensor, batch: PackedBatch, terms: Sequence[Sequence] | None = None) -> Tensor:
+        """`terms`: for each block the terms of its attention scores (see `bbqrec_kernels.prefix`)."""
+        hidden = self.dropout(vectors + F.embedding(batch.positions, self.positions))
+        for depth, block in enumerate(self.blocks):
+            hidden = block(hidden, batch, terms[depth] if terms else ())
+        return self.norm(hidden)

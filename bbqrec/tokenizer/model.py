@@ -1,0 +1,168 @@
+"""The behaviour-semantic alignment network: encoders, shared residual quantizer, decoders, and their losses.
+
+Notation of the paper: for item `i` and modality `m`, features `x`, behaviour-aligned part `z`, modality-specific part
+`u`, behaviour embedding `b` (a learned vector per item), quantized `ẑ = RQ(z; C)`.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bbqrec.config import TokenizerConfig
+from bbqrec.data.batches import PackedBatch
+from bbqrec.data.dataset import Features
+from bbqrec.models.transformer import CausalTransformer
+from bbqrec.tokenizer.initialization import residual_kmeans
+from bbqrec.tokenizer.losses import GaussianNetwork, info_nce
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
+from bbqrec_kernels import residual_quantize
+
+BEHAVIOUR = "behaviour"
+
+
+class Tokenizer(nn.Module):
+    """Learns semantic IDs from features and histories.
+
+    Args:
+        features: the feature sets to use, by modality.
+        n_items: size of the catalogue.
+        config: see `TokenizerConfig`.
+        max_length: longest history that `sequence contrast` reads.
+    """
+
+    def __init__(self, features: dict[str, Features], n_items: int, config: TokenizerConfig, max_length: int):
+        super().__init__()
+        self.config = config
+        self.modalities = tuple(features)
+        self.encoders, self.specific, self.decoders = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.mutual_information = nn.ModuleDict()  # trained by their own optimizer: see `estimator_loss`
+        for name, feature in features.items():
+            values, present = standardize(feature)
+            self.register_buffer(f"features_{name}", values, persistent=False)
+            self.register_buffer(f"present_{name}", present, persistent=False)
+            width = values.shape[1]
+            self.encoders[name] = mlp(width, config.hidden, config.dim)
+            if config.disentangle:
+                self.specific[name] = mlp(width, config.hidden, config.dim)
+                if config.club_weight > 0:
+                    self.mutual_information[name] = GaussianNetwork(config.dim, config.dim, config.hidden)
+            self.decoders[name] = mlp((1 + config.disentangle) * config.dim, config.hidden, width)
+        self.behaviour = nn.Parameter(torch.randn(n_items, config.dim) * 0.1)
+        sources = 1 if config.shared_codebooks else len(self.modalities) + 1
+        self.codebooks = nn.Parameter(torch.zeros(sources, config.levels, config.codebook_size, config.dim))
+        self.history_encoder = CausalTransformer(config.dim, layers=1, heads=2, dropout=0.1, max_length=max_length)
+
+    def features(self, name: str) -> Tensor:
+        return getattr(self, f"features_{name}")
+
+    def present(self, name: str) -> Tensor:
+        return getattr(self, f"present_{name}")
+
+    def codebook(self, name: str) -> Tensor:
+        """`(L, K, d)`: the shared codebooks, or those of one modality (or of `behaviour`)."""
+        index = 0 if len(self.codebooks) == 1 else (*self.modalities, BEHAVIOUR).index(name)
+        return self.codebooks[index]
+
+    @torch.no_grad()
+    def initialize_codebooks(self, generator: torch.Generator) -> None:
+        """Residual k-means over the encoders' present outputs: all modalities together where codebooks are shared."""
+        vectors = {m: self.encoders[m](self.features(m)[self.present(m)]) for m in self.modalities}
+        vectors[BEHAVIOUR] = self.behaviour.detach()
+        if len(self.codebooks) == 1:
+            pools = [torch.cat(list(vectors.values()))]
+        else:
+            pools = list(vectors.values())
+        for codebooks, pool in zip(self.codebooks, pools, strict=True):
+            codebooks.copy_(residual_kmeans(pool, *codebooks.shape[:2], generator=generator))
+
+    def losses(self, items: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+        """The weighted terms of the loss, by name; their sum is what the main optimizer minimizes.
+
+        Args:
+            items: `(N,)` distinct item indices, sorted; all items of `batch` are among them.
+            batch: packed histories with their targets.
+        """
+        config, losses = self.config, {}
+        aligned = {}  # name → (ẑ (N, d), mask (N,))
+        for name in self.modalities:
+            mask = self.present(name)[items]
+            rows = items[mask]
+            x = self.features(name)[rows]
+            z = self.encoders[name](x)
+            quantized = self._quantize(z, name, losses)
+            parts = [quantized]
+            if config.disentangle:
+                u = self.specific[name](x)
+                parts.append(u)
+                if name in self.mutual_information:
+                    _add(losses, "club", config.club_weight, self.mutual_information[name].upper_bound(z, u))
+            reconstruction = self.decoders[name](torch.cat(parts, -1))
+            _add(losses, "reconstruction", config.reconstruction_weight, F.mse_loss(reconstruction, x))
+            full = quantized.new_zeros(len(items), config.dim).index_put((mask.nonzero()[:, 0],), quantized)
+            aligned[name] = full, mask
+        behaviour = self.behaviour[items]
+        aligned[BEHAVIOUR] = self._quantize(behaviour, BEHAVIOUR, losses), torch.ones_like(items, dtype=torch.bool)
+
+        if config.item_contrast_weight > 0:
+            views = {**aligned, BEHAVIOUR: (behaviour, aligned[BEHAVIOUR][1])}
+            pairs = list(combinations(views.values(), 2))
+            for (left, left_mask), (right, right_mask) in pairs:
+                both = left_mask & right_mask
+                loss = info_nce(left[both], right[both], config.temperature)
+                _add(losses, "item_contrast", config.item_contrast_weight / len(pairs), loss)
+        if config.sequence_contrast_weight > 0:
+            content = torch.stack([aligned[m][0] for m in self.modalities]).sum(0) + behaviour  # (N, d)
+            history = self.history_encoder(content[torch.searchsorted(items, batch.items)], batch)
+            target = torch.searchsorted(items, batch.targets)
+            loss = info_nce(history, content, config.temperature, positives=target)
+            _add(losses, "sequence_contrast", config.sequence_contrast_weight, loss)
+        return losses
+
+    def estimator_loss(self, items: Tensor) -> Tensor:
+        """Negative log likelihood of `q(u | z)`, for the optimizer of the CLUB estimators only."""
+        total = self.codebooks.new_zeros(())
+        for name, estimator in self.mutual_information.items():
+            x = self.features(name)[items[self.present(name)[items]]]
+            with torch.no_grad():
+                z, u = self.encoders[name](x), self.specific[name](x)
+            total = total - estimator.log_likelihood(z, u).mean()
+        return total
+
+    @torch.no_grad()
+    def semantic_ids(self) -> SemanticIDs:
+        """Codes of the whole catalogue, -1 where an item lacks the modality."""
+        codes = []
+        for name in self.modalities:
+            found = residual_quantize(self.encoders[name](self.features(name)), self.codebook(name)).codes
+            codes.append(found.masked_fill(~self.present(name)[:, None], -1))
+        books = self.codebooks if len(self.codebooks) == 1 else self.codebooks[: len(self.modalities)]
+        return SemanticIDs(self.modalities, torch.stack(codes, 1).cpu(), books.detach().cpu().clone())
+
+    def _quantize(self, z: Tensor, name: str, losses: dict[str, Tensor]) -> Tensor:
+        config = self.config
+        result = residual_quantize(z, self.codebook(name))
+        loss = result.codebook_loss.sum() + config.commitment_weight * result.commitment_loss.sum()
+        _add(losses, "quantization", config.quantization_weight, loss)
+        return result.quantized
+
+
+def standardize(feature: Features) -> tuple[Tensor, Tensor]:
+    """Centres present rows and scales them to one unit of variance per dimension on average; absent rows are zero."""
+    values, present = feature.values, feature.present
+    centred = values - values[present].mean(0)
+    scale = np.sqrt(np.square(centred[present]).mean())
+    centred = np.where(present[:, None], centred / max(scale, 1e-12), 0)
+    return torch.from_numpy(centred.astype(np.float32)), torch.from_numpy(present.copy())
+
+
+def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+
+def _add(losses: dict[str, Tensor], name: str, weight: float, value: Tensor) -> None:
+    losses[name] = losses.get(name, 0) + weight * value

@@ -1,0 +1,78 @@
+"""Semantic IDs: the codes of every item in every modality, and the codebooks they index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from bbqrec_kernels import residual_decode
+
+
+@dataclass(frozen=True)
+class SemanticIDs:
+    """What the tokenizer hands to the sequence model.
+
+    Attributes:
+        modalities: names of the M modalities, in the order of the tensors.
+        codes: `(n_items, M, L)` int64, -1 where the item lacks the modality.
+        codebooks: `(S, L, K, d)` float32; S is 1 where all modalities share one codebook, otherwise M.
+    """
+
+    modalities: tuple[str, ...]
+    codes: Tensor
+    codebooks: Tensor
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebooks.shape[2]
+
+    def usage(self) -> dict[str, list[float]]:
+        """Per level: share of codewords in use, and perplexity (exp of the entropy of the code distribution)."""
+        used, perplexity = [], []
+        for level in range(self.codes.shape[2]):
+            codes = self.codes[:, :, level].flatten()
+            counts = torch.bincount(codes[codes >= 0], minlength=self.codebook_size).double()
+            p = counts / counts.sum().clamp_min(1)
+            used.append((counts > 0).double().mean().item())
+            perplexity.append(torch.exp(torch.special.entr(p).sum()).item())
+        return {"usage": used, "perplexity": perplexity}
+
+    def collision_rate(self) -> float:
+        """Share of items whose codes, over all modalities, another item has as well."""
+        _, inverse, counts = self.codes.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+        return (counts[inverse] > 1).double().mean().item()
+
+    def agreement(self) -> float:
+        """Share of items whose modalities all have the same first code, among items that have every modality."""
+        first = self.codes[:, :, 0]
+        complete = (first >= 0).all(1)
+        if not complete.any():
+            return float("nan")
+        return (first[complete] == first[complete, :1]).all(1).double().mean().item()
+
+    def text(self, item: int) -> str:
+        """The semantic ID of an item for people, e.g. `text 3-17-40-8 · image 3-17-2-60 · #41`."""
+        parts = [
+            f"{name} " + "-".join(str(c) for c in codes if c >= 0)
+            for name, codes in zip(self.modalities, self.codes[item].tolist(), strict=True)
+            if codes[0] >= 0
+        ]
+        return " · ".join([*parts, f"#{item}"])
+
+    def save_table(self, path: str | Path, item_ids: list[str], titles: list[str]) -> None:
+        """Writes parquet: `item`, `title`, and a list column of codes for each modality."""
+        columns = {"item": item_ids, "title": titles}
+        for m, name in enumerate(self.modalities):
+            columns[name] = self.codes[:, m].tolist()
+        pl.DataFrame(columns).write_parquet(path)
+
+
+def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Sum of the codewords of every modality: `(N, M, L)` codes, `(S, L, K, d)` codebooks → `(N, d)`, differentiable."""
+    if codebooks.shape[0] == 1:
+        return residual_decode(codes, codebooks[0]).sum(1)
+    return torch.stack([residual_decode(codes[:, m], book) for m, book in enumerate(codebooks)]).sum(0)

@@ -1,0 +1,112 @@
+"""What Lightning trains: the tokenizer first, then the sequence model."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from bbqrec.config import Config
+from bbqrec.data.batches import PackedBatch, TrainingBatches
+from bbqrec.data.splits import Heldout
+from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.tokenizer.model import Tokenizer
+
+VALIDATION_METRIC = "validation/ndcg@10"
+
+
+class EpochSeeded(L.LightningModule):
+    """Draws all randomness of an epoch from (seed, epoch), so that a resumed run repeats an undisturbed one."""
+
+    def __init__(self, seed: int, batches: TrainingBatches):
+        super().__init__()
+        self.seed = seed
+        self.batches = batches
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        self.batches.set_epoch(self.current_epoch)
+
+    def log_epoch(self, values: dict[str, Tensor], batch: PackedBatch, **options) -> None:
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.items), **options)
+
+
+class TokenizerModule(EpochSeeded):
+    """Minimizes the tokenizer's losses; the CLUB estimators have an optimizer of their own."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config, batches: TrainingBatches):
+        super().__init__(config.training.seed, batches)
+        self.automatic_optimization = False
+        self.tokenizer = tokenizer
+        self.config = config.tokenizer
+
+    def on_fit_start(self) -> None:
+        if not self.tokenizer.codebooks.any():  # a resumed run has trained ones
+            self.tokenizer.initialize_codebooks(torch.Generator().manual_seed(self.seed))
+
+    def training_step(self, batch: PackedBatch, _: int) -> None:
+        optimizer, *estimator_optimizer = self._optimizers()
+        items = self._items_of_step(batch)
+        if estimator_optimizer:
+            estimator_loss = self.tokenizer.estimator_loss(items)
+            estimator_optimizer[0].zero_grad()
+            self.manual_backward(estimator_loss)
+            estimator_optimizer[0].step()
+        losses = self.tokenizer.losses(items, batch)
+        total = sum(losses.values())
+        optimizer.zero_grad()
+        self.manual_backward(total)
+        optimizer.step()
+        self.log_epoch({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch)
+        self.log_epoch({"train/loss": total.detach()}, batch, prog_bar=True)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        estimators = list(self.tokenizer.mutual_information.parameters())
+        held_out = {id(p) for p in estimators}
+        others = [p for p in self.tokenizer.parameters() if id(p) not in held_out]
+        groups = [others, estimators] if estimators else [others]
+        return [torch.optim.Adam(group, lr=self.config.learning_rate) for group in groups]
+
+    def _optimizers(self) -> list:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _items_of_step(self, batch: PackedBatch) -> Tensor:
+        """The items of the batch, filled up with random others, so that content nobody bought is learned too."""
+        n_items = len(self.tokenizer.behaviour)
+        own = torch.cat([batch.items, batch.targets]).unique()
+        missing = max(0, min(self.config.batch_items, n_items) - len(own))
+        others = torch.randperm(n_items, device=own.device)
+        others = others[~torch.isin(others, own)][:missing]
+        return torch.cat([own, others]).sort().values
+
+
+class SequenceModule(EpochSeeded):
+    """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch."""
+
+    def __init__(self, model: SequenceModel, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int):
+        super().__init__(config.training.seed, batches)
+        self.model = model
+        self.config = config
+        self.validation = validation
+        self.n_items = n_items
+
+    def training_step(self, batch: PackedBatch, _: int) -> Tensor:
+        loss = self.model.loss(batch)
+        self.log_epoch({"train/loss": loss.detach()}, batch, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.model.eval()
+        metrics = evaluate(self.model, self.validation, self.n_items, max_length=self.config.model.max_length)
+        self.model.train()
+        self.log(VALIDATION_METRIC, metrics["ndcg@10"], prog_bar=True)
+        self.log("validation/recall@10", metrics["recall@10"], prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.config.training
+        return torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)

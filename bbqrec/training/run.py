@@ -1,0 +1,165 @@
+"""The run folder: what `fit` leaves behind, and how to read it again.
+
+    config.yaml            every option of the run
+    run.json               data set (name, path, fingerprint), versions, time
+    semantic_ids.parquet   one row an item: id, title, codes of every modality
+    model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
+    metrics.json           validation and test metrics, figures of the tokenizer
+    curves.png, codebooks.png
+    logs/                  CSV and TensorBoard logs;  checkpoints/  to resume from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bbqrec.config import Config
+from bbqrec.data.dataset import Dataset
+from bbqrec.data.splits import Split, leave_one_out
+from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
+
+
+@dataclass
+class Run:
+    """A run folder. `Run(folder)` opens one; `fit` returns one with its data set at hand."""
+
+    folder: Path
+    _data: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        if not (self.folder / "config.yaml").is_file():
+            raise ValueError(f"run folder: {self.folder} holds no config.yaml; `bbqrec fit` makes run folders")
+
+    @cached_property
+    def config(self) -> Config:
+        return Config.load(self.folder / "config.yaml")
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """`run.json`."""
+        return json.loads((self.folder / "run.json").read_text())
+
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        """`semantic_ids.parquet`: row `i` is item `i`."""
+        return pl.read_parquet(self.folder / "semantic_ids.parquet")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """`metrics.json` of a finished run."""
+        self._require_finished()
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The data set that the run was made from, read from where it was."""
+        data = self._data or Dataset.load(self.facts["data"]["path"])
+        if data.fingerprint() != self.facts["data"]["fingerprint"]:
+            raise ValueError(
+                f"data: {data.name} is not the data set that {self.folder} was made from "
+                f"({self.facts['data']['name']}), or has changed since; fit again into another folder"
+            )
+        return data
+
+    @cached_property
+    def split(self) -> Split:
+        return leave_one_out(self.data)
+
+    @cached_property
+    def model(self) -> SequenceModel:
+        """The finished sequence model, in evaluation mode."""
+        self._require_finished()
+        return load_model(self.folder / "model.safetensors", self.config)
+
+    @cached_property
+    def semantic_ids(self) -> SemanticIDs | None:
+        """Codes of every item and the trained codebooks; None for a model without."""
+        if not self.model.has_semantic_ids:
+            return None
+        names = tuple(c for c in self.items.columns if c not in ("item", "title"))
+        return SemanticIDs(names, self.model.codes, self.model.codebooks.detach())
+
+    def evaluate(self, split: str = "test", *, keep_history: bool = False) -> dict[str, float]:
+        """Ranks all items for every user's held-out item.
+
+        Args:
+            split: "validation" or "test".
+            keep_history: leave items of the history among the candidates. By default they are removed, but never the
+                held-out item itself.
+        """
+        if split not in ("validation", "test"):
+            raise ValueError(f"split: got {split!r}, expected 'validation' or 'test'")
+        return evaluate(
+            self.model,
+            getattr(self.split, split),
+            self.data.n_items,
+            keep_history=keep_history,
+            max_length=self.config.model.max_length,
+        )
+
+    def _require_finished(self) -> None:
+        if not self.finished:
+            raise ValueError(f"run folder: {self.folder} is unfinished; run `bbqrec fit` on it again to resume")
+
+
+def save_model(model: SequenceModel, path: Path) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    atomically(path, lambda temporary: save_file(state, temporary))
+
+
+def load_model(path: Path, config: Config) -> SequenceModel:
+    """Builds the model that `path` holds the weights of: the sizes of the catalogue come from the weights."""
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    semantic_ids = None
+    if "codes" in state:
+        modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
+        semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
+    n_items = len(state["codes"] if "codes" in state else state["item_id"])
+    model = SequenceModel(n_items, config.model, semantic_ids)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def write_json(path: Path, value: Any) -> None:
+    atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Calls `write` with a temporary name beside `path` and moves the result there, so that no reader sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def versions() -> dict[str, str]:
+    import lightning
+
+    from bbqrec import __version__
+
+    return {"bbqrec": __version__, "torch": torch.__version__, "lightning": lightning.__version__}

@@ -1,0 +1,96 @@
+"""Operators of `torch.library`: schemas, fake kernels and autograd. Kernels are registered by the compiled libraries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bbqrec_kernels._registry import define, forbid_double_backward, register_autograd, register_fake
+
+residual_quantize = define(
+    "residual_quantize(Tensor x, Tensor codebooks)"
+    " -> (Tensor quantized, Tensor codes, Tensor commitment_loss, Tensor codebook_loss)"
+)
+residual_quantize_backward = define(
+    "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor codes, Tensor? grad_quantized,"
+    " Tensor? grad_commitment_loss, Tensor? grad_codebook_loss, bool need_x, bool need_codebooks)"
+    " -> (Tensor grad_x, Tensor grad_codebooks)"
+)
+residual_decode = define("residual_decode(Tensor codes, Tensor codebooks) -> Tensor")
+residual_decode_backward = define(
+    "residual_decode_backward(Tensor grad, Tensor codes, Tensor codebooks) -> Tensor grad_codebooks"
+)
+residual_statistics = define(
+    "residual_statistics(Tensor x, Tensor codes, Tensor codebooks) -> (Tensor counts, Tensor sums)"
+)
+
+
+def _quantize_fake(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    levels = codebooks.shape[0]
+    return (
+        torch.empty_like(x),
+        x.new_empty(*x.shape[:-1], levels, dtype=torch.int64),
+        codebooks.new_empty(levels),
+        codebooks.new_empty(levels),
+    )
+
+
+def _quantize_backward_fake(
+    x, codebooks, codes, grad_quantized, grad_commitment_loss, grad_codebook_loss, need_x, need_codebooks
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(codebooks) if need_codebooks else codebooks.new_empty(0),
+    )
+
+
+def _decode_fake(codes: Tensor, codebooks: Tensor) -> Tensor:
+    return codebooks.new_empty(*codes.shape[:-1], codebooks.shape[-1])
+
+
+def _decode_backward_fake(grad: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    return torch.empty_like(codebooks)
+
+
+def _statistics_fake(x: Tensor, codes: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    return codebooks.new_empty(codebooks.shape[:2]), codebooks.new_empty(codebooks.shape)
+
+
+register_fake(residual_quantize, _quantize_fake)
+register_fake(residual_quantize_backward, _quantize_backward_fake)
+register_fake(residual_decode, _decode_fake)
+register_fake(residual_decode_backward, _decode_backward_fake)
+register_fake(residual_statistics, _statistics_fake)
+
+
+def _quantize_setup_context(ctx, inputs, output) -> None:
+    x, codebooks = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, codebooks, output[1])
+
+
+def _quantize_backward(ctx, grad_quantized, _grad_codes, grad_commitment_loss, grad_codebook_loss):
+    x, codebooks, codes = ctx.saved_tensors
+    need_x = ctx.needs_input_grad[0] and (grad_quantized is not None or grad_commitment_loss is not None)
+    need_codebooks = ctx.needs_input_grad[1] and grad_codebook_loss is not None
+    if not (need_x or need_codebooks):
+        return None, None
+    grad_x, grad_codebooks = residual_quantize_backward(
+        x, codebooks, codes, grad_quantized, grad_commitment_loss, grad_codebook_loss, need_x, need_codebooks
+    )
+    return grad_x if need_x else None, grad_codebooks if need_codebooks else None
+
+
+def _decode_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_backward(ctx, grad):
+    codes, codebooks = ctx.saved_tensors
+    return None, residual_decode_backward(grad, codes, codebooks) if ctx.needs_input_grad[1] else None
+
+
+register_autograd(residual_quantize, _quantize_backward, _quantize_setup_context)
+register_autograd(residual_decode, _decode_backward, _decode_setup_context)
+forbid_double_backward(residual_quantize_backward, "residual_quantize")
+forbid_double_backward(residual_decode_backward, "residual_decode")

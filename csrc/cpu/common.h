@@ -1,0 +1,80 @@
+// Shared by the CPU operators: stable-ABI includes, dtype dispatch, row loading, fixed partitions of work.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// One binary for every x86-64: the loader picks the clone that the machine can run. Elsewhere the baseline has SIMD.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(BBQ_NO_CLONES)
+#define BBQ_SIMD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3")))
+#else
+#define BBQ_SIMD_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define BBQ_INLINE inline __attribute__((always_inline))
+#else
+#define BBQ_INLINE inline
+#endif
+
+namespace bbq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the C++ type of a floating dtype.
+template <class F>
+void dispatch_float(ScalarType dtype, const char* name, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    case ScalarType::Half:
+      return f(c10::Half{});
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected dtype float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+BBQ_INLINE void load_row(const T* source, float* target, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) target[d] = static_cast<float>(source[d]);
+}
+
+template <class T>
+BBQ_INLINE void store_row(const float* source, T* target, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) target[d] = static_cast<T>(source[d]);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lets a kernel fill a contiguous buffer for an output whose strides may be others.
+class ContiguousOutput {
+ public:
+  explicit ContiguousOutput(const Tensor& output)
+      : output_(output), buffer_(output.is_contiguous() ? output : torch::stable::contiguous(output)) {}
+  const Tensor& buffer() const { return buffer_; }
+  // Copies into the output where they differ, and returns it.
+  Tensor finish() {
+    if (buffer_.get() != output_.get()) torch::stable::copy_(output_, buffer_);
+    return output_;
+  }
+
+ private:
+  Tensor output_;
+  Tensor buffer_;
+};
+
+}  // namespace bbq

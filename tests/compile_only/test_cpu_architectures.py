@@ -1,0 +1,54 @@
+"""The CPU sources compile without a warning for every architecture and compiler that the package promises."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+# Clang with the C++ library and the headers of every system, from PyPI (the extra `check`).
+CLANG = [sys.executable, "-m", "ziglang", "c++", "-target"]
+COMPILERS = {
+    "x86-64": ["g++", "-march=x86-64"],
+    "x86-64-v3": ["g++", "-march=x86-64-v3"],
+    "x86-64-v4": ["g++", "-march=x86-64-v4"],
+    "x86-64 Linux, Clang": [*CLANG, "x86_64-linux-gnu"],
+    "x86-64 macOS, Clang": [*CLANG, "x86_64-macos"],
+    "ARM Linux": ["aarch64-linux-gnu-g++"],
+    "ARM Linux, Clang": [*CLANG, "aarch64-linux-gnu"],
+    "ARM macOS, Clang": [*CLANG, "aarch64-macos"],
+}
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("target", COMPILERS)
+def test_compiles_without_warnings(target: str, tmp_path: Path) -> None:
+    compiler = COMPILERS[target]
+    if not shutil.which(compiler[0]):
+        pytest.skip(f"no {compiler[0]} on this machine")
+    if compiler[0] == "g++" and not subprocess.check_output(["g++", "-dumpmachine"], text=True).startswith("x86_64"):
+        pytest.skip("g++ on this machine does not target x86-64")
+    # CMake says how this machine compiles each source; the compiler is then exchanged. Objects only: there is no
+    # libtorch of another architecture to link with.
+    defines = ["-DBBQ_WERROR=ON", f"-DBBQ_TORCH_DIR={Path(torch.__file__).parent}"]
+    # The scripts beside this Python come first: the machine's own CMake may be too old.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "ZIG_GLOBAL_CACHE_DIR": str(tmp_path),
+        "ZIG_LOCAL_CACHE_DIR": str(tmp_path),
+    }
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *defines], env=environment, check=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert {Path(c["file"]).name for c in commands} == {p.name for p in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    for command in commands:
+        arguments = [*compiler, *shlex.split(command["command"])[1:]]
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,180 @@
+"""What is built and installed: contents of sdist and wheel, every way of `pip install`, machines without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("bbqrec_kernels/", "bbqrec/")
+LIBRARY_FILES = {"bbqrec_kernels/_C.so", "bbqrec_kernels/_build.json"}
+pytestmark = pytest.mark.check
+
+SMOKE = """
+import json, warnings, torch, bbqrec_kernels
+from bbqrec_kernels import _library
+warnings.simplefilter("ignore")
+x, books = torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+print(json.dumps({
+    "file": bbqrec_kernels.__file__,
+    "codes": bbqrec_kernels.residual_quantize(x, books).codes.tolist(),
+    "blocker": _library.CPU.blocker,
+    "build": _library.CPU.build,
+}))
+"""
+
+
+def run(command: list[object], cwd: Path, succeeds: bool = True, **environment: str) -> str:
+    """Runs a command as a user without an activated environment would, and returns all that it printed."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BBQ_", "VIRTUAL_ENV", "PYTHON", "CONDA_"))}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout
+    return done.stdout
+
+
+def repository_files() -> set[str]:
+    listing = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    return {name for name in listing.splitlines() if (ROOT / name).is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository without anything that was built in it."""
+    for name in repository_files():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment with everything but this project, linked from the one that runs the tests; its Python."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for source in Path(pytest.__file__).parents[1].iterdir():
+        if "bbqrec" not in source.name:
+            (site / source.name).symlink_to(source)
+    return folder / "bin" / "python"
+
+
+def smoke(python: Path, cwd: Path) -> dict:
+    """Imports what was installed, from a folder that holds no source, and runs an operator."""
+    result = json.loads(run([python, "-c", SMOKE], cwd).splitlines()[-1])
+    assert Path(result["file"]).is_relative_to(python.parents[1]), result["file"]
+    assert result["codes"] == [[1]]
+    return result
+
+
+def wheel_metadata(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (n for n in archive.namelist() if n.endswith(f".dist-info/{name}"))
+        return archive.read(entry).decode()
+
+
+def test_sdist_and_wheel_hold_what_they_should_and_the_wheel_works(
+    tree: Path, environment: Path, tmp_path: Path
+) -> None:
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist"], tree, BBQ_REQUIRE_CPU="1")
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+
+    with tarfile.open(sdist) as archive:
+        shipped = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    not_shipped = {name for name in repository_files() if name.startswith(".")}
+    assert repository_files() - not_shipped - shipped == set()
+    assert not [name for name in shipped if name.endswith((".so", ".dylib", "_build.json", ".pyc"))]
+
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert files == {name for name in repository_files() if name.startswith(PACKAGES)} | LIBRARY_FILES
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert not wheel.name.endswith("-any.whl")
+    assert "Root-Is-Purelib: false" in wheel_metadata(wheel, "WHEEL")
+
+    run([environment, "-m", "pip", "install", "--no-index", wheel], tmp_path)
+    result = smoke(environment, tmp_path)
+    assert result["blocker"] is None
+    assert result["build"]["built"] is True
+    assert "residual_quantize" in run([environment, "-m", "bbqrec_kernels.collect_env"], tmp_path)
+    assert "recommend" in run([environment.parent / "bbqrec", "--help"], tmp_path)
+
+
+def test_plain_pip_install_finds_the_torch_of_the_environment(tree: Path, environment: Path, tmp_path: Path) -> None:
+    """pip builds in an isolated environment of its own, where torch cannot be imported."""
+    command = [environment, "-m", "pip", "install", "-v", "--no-deps", "."]
+    output = run(command, tree, BBQ_REQUIRE_CPU="1", PIP_CONSTRAINT=str(tree / "constraints.txt"))
+    assert "bbqrec: CPU library built" in output
+    assert smoke(environment, tmp_path)["blocker"] is None
+
+
+def test_without_a_compiler_pip_installs_a_pure_package_that_says_so(
+    tree: Path, environment: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    command = [environment, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "."]
+    output = run(command, tree, PATH=str(tmp_path / "empty"))
+    reason = "no C++ compiler on the PATH (c++, g++ or clang++)"
+    assert f"bbqrec: CPU library not built: {reason}; " in output
+    assert "py3-none-any.whl" in output
+    result = smoke(environment, tmp_path)
+    assert result["blocker"] == f"the CPU library was not built: {reason}"
+    assert reason in run([environment, "-m", "bbqrec_kernels.collect_env"], tmp_path)
+
+
+def build_in_place(tree: Path, succeeds: bool = True, **environment: str) -> tuple[str, dict]:
+    output = run([sys.executable, "setup.py", "-q", "build_libraries", "--inplace"], tree, succeeds, **environment)
+    summary = tree / "bbqrec_kernels" / "_build.json"
+    return output, json.loads(summary.read_text())["cpu"] if summary.exists() else {}
+
+
+def test_a_compiler_that_does_not_exist_is_named(tree: Path) -> None:
+    output, cpu = build_in_place(tree, CC="/nowhere/cc", CXX="/nowhere/c++")
+    assert cpu == {"built": False, "reason": "no C++ compiler: CXX names '/nowhere/c++', which does not exist"}
+    assert "this is a pure-Python package" in output
+
+
+def test_a_failing_compile_shows_the_error_and_leaves_no_old_library(tree: Path) -> None:
+    (tree / "bbqrec_kernels" / "_C.so").write_bytes(b"of an earlier build")
+    (tree / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
+    output, cpu = build_in_place(tree)
+    assert "csrc/cpu/broken.cpp:1:2: error: #error broken on purpose" in cpu["reason"]
+    assert "compiling failed" in cpu["reason"]
+    assert "1 | #error broken on purpose" in output  # the compiler's own words
+    assert not (tree / "bbqrec_kernels" / "_C.so").exists()
+    assert "BBQ_REQUIRE_CPU=1, but" in build_in_place(tree, succeeds=False, BBQ_REQUIRE_CPU="1")[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "which is not the folder of an installed torch"),
+        ("2.9.1+cpu", "torch 2.9.1+cpu is too old, 2.10 or newer is needed"),
+    ],
+)
+def test_torch_that_does_not_fit_is_named(tree: Path, tmp_path: Path, version: str | None, reason: str) -> None:
+    torch_folder = tmp_path / "torch"
+    torch_folder.mkdir()
+    if version:
+        (torch_folder / "version.py").write_text(f"__version__ = '{version}'\n")
+    cpu = build_in_place(tree, BBQ_TORCH_DIR=str(torch_folder))[1]
+    assert cpu["built"] is False
+    assert reason in cpu["reason"]
+
+
+def test_demanding_cuda_is_an_error(tree: Path) -> None:
+    output, _ = build_in_place(tree, succeeds=False, BBQ_CUDA="1", CXX="/nowhere/c++")
+    assert "BBQ_CUDA=1, but the CUDA library was not built: this version has no CUDA sources" in output

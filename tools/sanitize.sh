@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs the operators' tests on a CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of
+# the tree under build/sanitize. Called by `make check`; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+copy=build/sanitize
+
+mkdir -p "$copy"
+rm -rf "$copy"/{bbqrec_kernels,csrc,tests}
+cp -rp bbqrec_kernels csrc setup.py CMakeLists.txt pyproject.toml "$copy"
+mkdir "$copy/tests"
+cp -rp tests/conftest.py tests/bbqrec_kernels "$copy/tests"
+cd "$copy"
+rm -f bbqrec_kernels/_C.so
+BBQ_REQUIRE_CPU=1 BBQ_SANITIZE=address,undefined "$python" -W ignore setup.py -q build_libraries --inplace | tail -n 1
+
+# Python itself is not instrumented: the runtime comes first by LD_PRELOAD, with the C++ library whose exceptions it
+# intercepts. What Python never frees is no leak of ours.
+compiler=${CXX:-c++}
+LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so.6)"
+export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
+"$python" - <<'CHECK'
+import ctypes, bbqrec_kernels._library as library
+assert library.CPU.loaded, library.CPU.blocker
+assert "build/sanitize" in str(library.CPU.path), library.CPU.path
+assert "-fsanitize=address,undefined" in library.CPU.build["flags"], library.CPU.build
+assert hasattr(ctypes.CDLL(None), "__asan_init"), "the sanitizer's runtime is not in the process"
+CHECK
+# torch.compile starts compilers and worker processes, and runs the same kernels.
+"$python" -m pytest -p no:cacheprovider -q -k "not compile and not export" "$@" tests

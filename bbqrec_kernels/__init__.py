@@ -7,5 +7,31 @@ from bbqrec_kernels.residual_quantization import (
     residual_quantize,
     residual_statistics,
 )
+from bbqrec_kernels.similarity_attention import (
+    PackedCodes,
+    Term,
+    cosine,
+    gap,
+    matches,
+    pack,
+    prefix,
+    similarity_attention,
+    similarity_attention_varlen,
+)
 
-__all__ = ["ResidualQuantization", "__version__", "residual_decode", "residual_quantize", "residual_statistics"]
+__all__ = [
+    "PackedCodes",
+    "ResidualQuantization",
+    "Term",
+    "__version__",
+    "cosine",
+    "gap",
+    "matches",
+    "pack",
+    "prefix",
+    "residual_decode",
+    "residual_quantize",
+    "residual_statistics",
+    "similarity_attention",
+    "similarity_attention_varlen",
+]

@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
+from bbqrec_kernels import _library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
-NO_SUCH_KERNEL = "this version has no such kernel for it"
+_NO_SUCH_KERNEL = "this version has no such kernel for it"
 
 _warned: set[tuple[str, str]] = set()
 
 
-def choose(operator: str, impl: str, blockers: Mapping[str, str | None]) -> str:
+def choose(operator: str, impl: str, tensor: Tensor) -> str:
     """Returns the name of the implementation that runs.
 
     Args:
         operator: name of the public function, for messages.
         impl: what the caller asked for, one of `IMPLEMENTATIONS`.
-        blockers: for each implementation, in the order in which `auto` prefers them, `None` where it can run on
-            these inputs, otherwise the reason why not. `reference` comes last.
+        tensor: decides by its device and dtype; checked to be like the other arguments.
 
     Raises:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
     """
+    blockers = _blockers(tensor)
     if impl == "auto":
-        for name, blocker in blockers.items():
-            if blocker is None:
-                if name == "reference":
-                    _warn_once(operator, blockers)
-                return name
-        reasons = "; ".join(f"{name}: {blocker}" for name, blocker in blockers.items())
-        raise ValueError(f"{operator}: no implementation can run on these inputs ({reasons})")
+        chosen = next(name for name, blocker in blockers.items() if blocker is None)
+        if chosen == "reference":
+            _warn_once(operator, blockers)
+        return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    blocker = blockers[impl]
-    if blocker is not None:
-        raise ValueError(f"impl: {operator} cannot run as {impl!r}: {blocker}; choose another or 'auto'")
+    if blockers[impl] is not None:
+        raise ValueError(f"impl: {operator} cannot run as {impl!r}: {blockers[impl]}; choose another or 'auto'")
     return impl
 
 
-def _warn_once(operator: str, blockers: Mapping[str, str | None]) -> None:
+def _blockers(tensor: Tensor) -> dict[str, str | None]:
+    """For each implementation, fastest first, None where it can run, otherwise the reason why not."""
+    cpu = _library.CPU.blocker
+    if tensor.dtype == torch.float64:
+        cpu = "float64 runs in the reference only"
+    elif tensor.device.type not in ("cpu", "meta"):
+        cpu = f"the tensors are on {tensor.device.type}"
+    return {"cuda": _NO_SUCH_KERNEL, "triton": _NO_SUCH_KERNEL, "cpu": cpu, "reference": None}
+
+
+def _warn_once(operator: str, blockers: dict[str, str | None]) -> None:
     """Says once per operator and reason that the slow reference runs because no library could."""
     if torch.compiler.is_compiling():
         return

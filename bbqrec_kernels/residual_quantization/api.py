@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bbqrec_kernels import _library
-from bbqrec_kernels._checks import FLOATS, INTEGERS, check_device, check_dim, check_dtype, check_size, check_tensor, short
-from bbqrec_kernels._dispatch import NO_SUCH_KERNEL, choose
+from bbqrec_kernels._checks import FLOATS, INTEGERS, check_device, check_dim, check_dtype, check_size, check_tensor
+from bbqrec_kernels._dispatch import choose
 from bbqrec_kernels.residual_quantization import ops, reference
 
 
@@ -51,7 +50,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Re
     Source: Lee et al. 2022, Autoregressive image generation using residual quantization, section 3.1.
     """
     _check_rows(x, codebooks)
-    if _choose("residual_quantize", impl, x) == "reference":
+    if choose("residual_quantize", impl, x) == "reference":
         return ResidualQuantization(*reference.residual_quantize(x, codebooks))
     return ResidualQuantization(*ops.residual_quantize(x, codebooks))
 
@@ -73,7 +72,7 @@ def residual_decode(codes: Tensor, codebooks: Tensor, *, impl: str = "auto") -> 
     """
     _check_codebooks(codebooks)
     _check_codes(codes, codebooks)
-    if _choose("residual_decode", impl, codebooks) == "reference":
+    if choose("residual_decode", impl, codebooks) == "reference":
         return reference.residual_decode(codes, codebooks)
     return ops.residual_decode(codes.long(), codebooks)
 
@@ -102,7 +101,7 @@ def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor, *, impl: st
             f"codes: got shape {tuple(codes.shape)}, expected {(*x.shape[:-1], codebooks.shape[0])} "
             f"to go with x of shape {tuple(x.shape)}"
         )
-    if _choose("residual_statistics", impl, x) == "reference":
+    if choose("residual_statistics", impl, x) == "reference":
         return reference.residual_statistics(x, codes, codebooks)
     return ops.residual_statistics(x.detach(), codes.long(), codebooks.detach())
 
@@ -137,17 +136,3 @@ def _check_codes(codes: Tensor, codebooks: Tensor) -> None:
     if codes.dim() == 0:
         raise ValueError("codes: got a scalar, expected shape (..., levels)")
     check_size("codes", codes, -1, codebooks.shape[0], "levels of codebooks")
-
-
-def _choose(operator: str, impl: str, tensor: Tensor) -> str:
-    on_cpu = tensor.device.type in ("cpu", "meta")
-    cpu_blocker = _library.CPU.blocker
-    if tensor.dtype == torch.float64:
-        cpu_blocker = f"{short(tensor.dtype)} runs in the reference only"
-    elif not on_cpu:
-        cpu_blocker = f"the tensors are on {tensor.device.type}"
-    return choose(
-        operator,
-        impl,
-        {"cuda": NO_SUCH_KERNEL, "triton": NO_SUCH_KERNEL, "cpu": cpu_blocker, "reference": None},
-    )

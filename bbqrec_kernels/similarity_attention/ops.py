@@ -1,0 +1,89 @@
+"""Operators of `torch.library`: schemas, fake kernels and autograd. Kernels are registered by the compiled libraries.
+
+Terms arrive flattened (see `api._flatten`): one `biases` of all tables, and for each term a number for its kind, the
+bits of a level in packed words (0: not packed), its number of buckets, what is compared on the query and on the key side, and boundaries
+(empty but for cosine).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bbqrec_kernels._registry import define, forbid_double_backward, register_autograd, register_fake
+
+_TERMS = (
+    "Tensor biases, Tensor[] term_queries, Tensor[] term_keys, Tensor[] boundaries, int[] kinds, int[] bits,"
+    " int[] buckets"
+)
+_NEEDS = "bool need_query, bool need_key, bool need_value, bool need_biases"
+_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_biases)"
+
+similarity_attention = define(
+    f"similarity_attention(Tensor query, Tensor key, Tensor value, {_TERMS}, Tensor? query_lengths,"
+    " Tensor? key_lengths, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
+)
+similarity_attention_backward = define(
+    "similarity_attention_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor query, Tensor key,"
+    f" Tensor value, {_TERMS}, Tensor? query_lengths, Tensor? key_lengths, bool is_causal, float scale, {_NEEDS})"
+    f" -> {_GRADIENTS}"
+)
+similarity_attention_varlen = define(
+    f"similarity_attention_varlen(Tensor query, Tensor key, Tensor value, {_TERMS}, Tensor cu_seqlens,"
+    " int max_seqlen, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
+)
+similarity_attention_varlen_backward = define(
+    "similarity_attention_varlen_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor query, Tensor key,"
+    f" Tensor value, {_TERMS}, Tensor cu_seqlens, int max_seqlen, bool is_causal, float scale, {_NEEDS})"
+    f" -> {_GRADIENTS}"
+)
+
+
+def _forward_fake(query, key, value, *_) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _backward_fake(grad, output, logsumexp, query, key, value, biases, *rest) -> tuple[Tensor, ...]:
+    tensors, needs = (query, key, value, biases), rest[-4:]
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, lists, integers, masks = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:]
+    ctx.set_materialize_grads(False)
+    ctx.integers = integers
+    ctx.masks = [None if isinstance(m, Tensor) else m for m in masks]
+    kept = [m if isinstance(m, Tensor) else None for m in masks]
+    ctx.save_for_backward(*output, *tensors, *(t for each in lists for t in each), *kept)
+
+
+def _backward_of(backward_operator: torch._ops.OpOverload):
+    def backward(ctx, grad, _grad_logsumexp):
+        needs = ctx.needs_input_grad[:4]
+        terms, masks = len(ctx.integers[0]), len(ctx.masks)
+        not_differentiable = ([None] * terms,) * 3 + ([],) * 3 + (None,) * masks
+        if grad is None or not any(needs):
+            return (None,) * 4 + not_differentiable
+        saved = ctx.saved_tensors
+        flat, kept = saved[6:-masks], saved[-masks:]
+        gradients = backward_operator(
+            grad,
+            *saved[:6],
+            *(flat[i * terms : (i + 1) * terms] for i in range(3)),
+            *ctx.integers,
+            *(other if tensor is None else tensor for tensor, other in zip(kept, ctx.masks, strict=True)),
+            *needs,
+        )
+        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + not_differentiable
+
+    return backward
+
+
+for _forward, _backward, _name in (
+    (similarity_attention, similarity_attention_backward, "similarity_attention"),
+    (similarity_attention_varlen, similarity_attention_varlen_backward, "similarity_attention_varlen"),
+):
+    register_fake(_forward, _forward_fake)
+    register_fake(_backward, _backward_fake)
+    register_autograd(_forward, _backward_of(_backward), _setup_context)
+    forbid_double_backward(_backward, _name)

@@ -1,9 +1,9 @@
 """BBQRec: a multi-modal sequential recommender on semantic IDs.
 
-    from bbqrec import BBQRec, Dataset, fit
+from bbqrec import BBQRec, Dataset, fit
 
-    run = fit(Dataset.load("path/to/data"), out="runs/a")
-    BBQRec.load("runs/a").recommend([["item-a", "item-b"]], k=10)
+run = fit(Dataset.load("path/to/data"), out="runs/a")
+BBQRec.load("runs/a").recommend([["item-a", "item-b"]], k=10)
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bbqrec_kernels._version import __version__
-
 if TYPE_CHECKING:
     from bbqrec.config import Config
     from bbqrec.data.dataset import Dataset
     from bbqrec.serving.recommender import BBQRec
     from bbqrec.training.fit import fit
     from bbqrec.training.run import Run
+    from bbqrec_kernels._version import __version__
 
 __all__ = ["BBQRec", "Config", "Dataset", "Run", "__version__", "fit"]
 
@@ -27,6 +26,7 @@ _HOMES = {
     "Config": "bbqrec.config",
     "Dataset": "bbqrec.data.dataset",
     "Run": "bbqrec.training.run",
+    "__version__": "bbqrec_kernels._version",
     "fit": "bbqrec.training.fit",
 }
 

@@ -39,7 +39,7 @@ class TokenizerConfig(Section):
     temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
     epochs: int = Field(30, ge=1)
     batch_tokens: int = Field(2048, ge=2, description="interactions per step")
-    batch_items: int = Field(1024, ge=2, description="items per step, at least: catalogue items fill up the batch's own")
+    batch_items: int = Field(1024, ge=2, description="items per step, at least: others fill up the batch's own")
     learning_rate: float = Field(1e-3, gt=0)
 
 
@@ -52,6 +52,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.3, ge=0, lt=1)
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
     item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
+    content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
 
@@ -120,6 +121,18 @@ def option_names(section: type[BaseModel] = Config, prefix: str = "") -> list[st
         else:
             names.append(prefix + name)
     return names
+
+
+def flat_options(config: Config) -> dict[str, Any]:
+    """Dotted name to value, of every option."""
+    values = config.model_dump()
+    flat = {}
+    for name in option_names():
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        flat[name] = value
+    return flat
 
 
 def _split_assignment(text: str) -> tuple[str, str]:

@@ -106,7 +106,7 @@ _EXAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
 }
 
 
-def _render(report: dict[str, Any]) -> str:
+def render(report: dict[str, Any]) -> str:
     lines = [f"{name:<10} {version or 'not installed'}" for name, version in report["versions"].items()]
     for name, value in report["machine"].items():
         lines.append(f"{name:<10} {', '.join(value) or 'none' if isinstance(value, list) else value}")
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     as_json = parser.parse_args(arguments).json
     report = collect()
-    print(json.dumps(report, indent=2) if as_json else _render(report))
+    print(json.dumps(report, indent=2) if as_json else render(report))
 
 
 if __name__ == "__main__":

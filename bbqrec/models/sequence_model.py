@@ -28,21 +28,25 @@ class SequenceModel(nn.Module):
         n_items: size of the catalogue.
         config: see `ModelConfig`.
         semantic_ids: codes and codebooks, or None for SASRec.
+
+    Raises `ValueError` where the options leave items without a vector.
     """
 
     def __init__(self, n_items: int, config: ModelConfig, semantic_ids: SemanticIDs | None = None):
         super().__init__()
-        if semantic_ids is None and not config.item_id:
-            raise ValueError("model.item_id: got false without semantic IDs, so items have no vector; set it to true")
+        has_content = semantic_ids is not None and config.content
+        if not (has_content or config.item_id):
+            raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
         self.config = config
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * 0.02) if config.item_id else None
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
-        self.has_semantic_ids = semantic_ids is not None
+        self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
         self.tables = None
         if semantic_ids is not None:
             self.register_buffer("codes", semantic_ids.codes.clone())
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
-            self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False)
+            self.codebooks.requires_grad_(has_content)
+            self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
             self.channels = attention_channels(self.codes.shape[1], config.cross_modal)
             if config.reweighting:
                 buckets = self.codes.shape[2] + 1
@@ -50,7 +54,7 @@ class SequenceModel(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """`(n_items, dim)`."""
-        if not self.has_semantic_ids:
+        if not self.has_content:
             return self.item_id
         content = self.content(decode(self.codes, self.codebooks))
         return content if self.item_id is None else content + self.item_id

@@ -28,11 +28,7 @@ class GaussianNetwork(nn.Module):
 
         The second expectation needs no pair: `E_j (u_j - μ)² = (E u - μ)² + Var u`.
         """
-        parameters = {name: p.detach() for name, p in self.named_parameters()}
-        mean, log_variance = (
-            torch.func.functional_call(net, {k.split(".", 1)[1]: p for k, p in parameters.items() if k.startswith(n)}, z)
-            for n, net in (("mean.", self.mean), ("log_variance.", self.log_variance))
-        )
+        mean, log_variance = _frozen(self.mean, z), _frozen(self.log_variance, z)
         own = (u - mean).square()
         others = (u.mean(0) - mean).square() + u.var(0, correction=0)
         return 0.5 * ((others - own) / log_variance.exp()).sum(-1).mean()
@@ -54,3 +50,8 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, positives: Tenso
         return F.cross_entropy(logits, positives)
     own = torch.arange(len(queries), device=queries.device)
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+
+
+def _frozen(network: nn.Module, x: Tensor) -> Tensor:
+    """`network(x)` with its parameters held fixed: the gradient goes to `x` only."""
+    return torch.func.functional_call(network, {name: p.detach() for name, p in network.named_parameters()}, (x,))

@@ -26,9 +26,18 @@ class SemanticIDs:
     codes: Tensor
     codebooks: Tensor
 
+    @classmethod
+    def none(cls, n_items: int) -> SemanticIDs:
+        """Of a model without modalities."""
+        return cls((), torch.empty(n_items, 0, 0, dtype=torch.int64), torch.empty(0, 0, 0, 0))
+
     @property
     def codebook_size(self) -> int:
         return self.codebooks.shape[2]
+
+    def figures(self) -> dict[str, list[float] | float]:
+        """`usage` and `perplexity` per level, `collision_rate`, `agreement`."""
+        return {**self.usage(), "collision_rate": self.collision_rate(), "agreement": self.agreement()}
 
     def usage(self) -> dict[str, list[float]]:
         """Per level: share of codewords in use, and perplexity (exp of the entropy of the code distribution)."""
@@ -72,7 +81,7 @@ class SemanticIDs:
 
 
 def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Sum of the codewords of every modality: `(N, M, L)` codes, `(S, L, K, d)` codebooks → `(N, d)`, differentiable."""
+    """Sums the codewords of all modalities: `(N, M, L)`, codebooks `(S, L, K, d)` → `(N, d)`; gradient to codebooks."""
     if codebooks.shape[0] == 1:
         return residual_decode(codes, codebooks[0]).sum(1)
     return torch.stack([residual_decode(codes[:, m], book) for m, book in enumerate(codebooks)]).sum(0)

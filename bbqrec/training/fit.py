@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 
-from bbqrec.config import Config
+from bbqrec.config import Config, flat_options
 from bbqrec.data.batches import TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
 from bbqrec.data.splits import Split, leave_one_out
+from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
-from bbqrec.training.modules import VALIDATION_METRIC, EpochSeeded, SequenceModule, TokenizerModule
-from bbqrec.training.run import Run, save_model, versions, write_json
+from bbqrec.training.modules import SequenceModule, TokenizerModule
+from bbqrec.training.run import Run, save_model, save_weights, versions, write_json
+from bbqrec.training.trainer import Stage, train
 
 
 def fit(
@@ -37,46 +39,169 @@ def fit(
 
     Args:
         data: a data set, or the path of one.
-        out: the run folder. If it holds an unfinished run of the same data and options, that run is resumed; a
-            finished one is returned as it is.
+        out: the run folder. If it holds an unfinished run of the same data and options, that run is resumed and ends
+            where an undisturbed one ends; a finished one is returned as it is.
         model: "bbqrec" or "sasrec"; overrides `config.model_name`.
         config: options; the defaults of `Config` otherwise.
-        progress: show progress bars; by default only on a terminal.
+        progress: report on stderr; by default in lines, with progress bars on a terminal. False is silent.
 
     Returns:
         The finished `Run`.
 
     Raises:
         ValueError: the data cannot be used, `out` holds another run, or the options do not fit the data.
+        KeyboardInterrupt: interrupted; call again to resume.
     """
     if not isinstance(data, Dataset):
         data = Dataset.load(data)
     config = config or Config()
     if model is not None:
         config = config.override({"model_name": model})
-    folder = Path(out)
-    run = _claim(folder, data, config)
+    features = _chosen_features(data, config)
+    run = _claim(Path(out), data, config)
     if run.finished:
         return run
 
+    say = _quiet if progress is False else _say
+    bars = sys.stderr.isatty() if progress is None else progress
     started = time.perf_counter()
+    widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
+    say(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}")
     split = leave_one_out(data)
-    trainers = _Trainers(folder, sys.stderr.isatty() if progress is None else progress)
-    semantic_ids = _fit_tokenizer(data, split, config, trainers) if config.model_name == "bbqrec" else None
-    titles = [data.title(i) for i in range(data.n_items)]
-    if semantic_ids is None:
-        semantic_ids_table = SemanticIDs((), torch.empty(data.n_items, 0, 0, dtype=torch.int64), torch.empty(0, 0, 0, 0))
-    else:
-        semantic_ids_table = semantic_ids
-    semantic_ids_table.save_table(folder / "semantic_ids.parquet", data.item_ids, titles)
-    sequence_model = _fit_sequence_model(data, split, config, semantic_ids, trainers)
+    semantic_ids = _fit_tokenizer(run.folder, data, features, split, config, bars, say) if features else None
+    sequence_model = _fit_sequence_model(run.folder, data, split, config, semantic_ids, bars, say)
 
-    save_model(sequence_model, folder / "model.safetensors")
-    plots.save_curves(folder / "curves.png", folder / "logs")
+    (semantic_ids or SemanticIDs.none(data.n_items)).save_table(
+        run.folder / "semantic_ids.parquet", data.item_ids, [data.title(i) for i in range(data.n_items)]
+    )
+    plots.save_curves(run.folder / "curves.png", run.folder / "logs")
     if semantic_ids is not None:
-        plots.save_codebook_usage(folder / "codebooks.png", semantic_ids)
-    metrics = _final_metrics(run, data, split, sequence_model, semantic_ids)
-    facts = {**run.facts, "seconds": round(run.facts.get("seconds", 0) + time.perf_counter() - started, 1)}
-    write_json(folder / "run.json", facts)
-    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    return Run(folder, data)
+        plots.save_codebook_usage(run.folder / "codebooks.png", semantic_ids)
+    seconds = run.facts.get("seconds", 0) + time.perf_counter() - started
+    write_json(run.folder / "run.json", {**run.facts, "seconds": round(seconds, 1)})
+    save_model(sequence_model, run.folder / "model.safetensors")
+    metrics = _final_metrics(data, split, config, sequence_model, semantic_ids)
+    write_json(run.folder / "metrics.json", metrics)  # last: it says that the run is finished
+    test, popular = metrics["test"], metrics["most_popular"]["test"]
+    say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
+    say(f"(most popular {popular['ndcg@10']:.4f}, {popular['recall@10']:.4f}; history removed)")
+    return Run(run.folder, data)
+
+
+def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:
+    """The feature sets that the run uses: none for SASRec."""
+    if config.model_name == "sasrec":
+        return {}
+    wanted = config.tokenizer.modalities
+    if wanted is None:
+        wanted = list(data.features)
+    if not wanted:
+        raise ValueError(f"data: {data.name} has no features to make semantic IDs from; use model 'sasrec'")
+    for name in wanted:
+        if name not in data.features:
+            known = ", ".join(data.features) or "none"
+            raise ValueError(f"tokenizer.modalities: got {name!r}, expected feature sets of {data.name}: {known}")
+    return {name: data.features[name] for name in wanted}
+
+
+def _claim(folder: Path, data: Dataset, config: Config) -> Run:
+    """Makes the folder a run folder of this data and these options, or finds that it is one already."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file, expected a folder; choose another name")
+    if not (folder / "run.json").is_file():  # the last of the two that are written here
+        if folder.is_dir() and any(path.name != "config.yaml" for path in folder.iterdir()):
+            raise ValueError(f"out: {folder} is not empty and no run folder; choose a new or empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml")
+        path = None if data.path is None else str(Path(data.path).resolve())
+        source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
+        write_json(folder / "run.json", {"data": source, "versions": versions()})
+        return Run(folder, data)
+
+    run = Run(folder, data)
+    source = run.facts["data"]
+    if source["fingerprint"] != data.fingerprint():
+        raise ValueError(
+            f"out: {folder} holds a run of {source['name']} ({source['path'] or 'made in memory'}), which is not the "
+            f"data given, {data.name}; choose another folder"
+        )
+    theirs, ours = flat_options(run.config), flat_options(config)
+    changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
+    if changed:
+        raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
+    return run
+
+
+def _fit_tokenizer(
+    folder: Path,
+    data: Dataset,
+    features: dict[str, Features],
+    split: Split,
+    config: Config,
+    bars: bool,
+    say: Callable[..., None],
+) -> SemanticIDs:
+    options, max_length = config.tokenizer, config.model.max_length
+    torch.manual_seed(config.training.seed)
+    tokenizer = Tokenizer(features, data.n_items, options, max_length)
+    weights = folder / "tokenizer.safetensors"
+    if not weights.is_file():
+        batches = TrainingBatches(split.train, max_length, options.batch_tokens, config.training.seed)
+        module = TokenizerModule(tokenizer, config, batches)
+        train(module, Stage(folder, "tokenizer", options.epochs), bars=bars)
+        save_weights(tokenizer.state_dict(), weights)
+    tokenizer.load_state_dict(load_file(weights))
+    semantic_ids = tokenizer.eval().semantic_ids()
+    figures = semantic_ids.figures()
+    used = ", ".join(f"{share:.0%}" for share in figures["usage"])
+    say(f"tokenizer: codewords in use {used}; items sharing all codes {figures['collision_rate']:.1%}")
+    return semantic_ids
+
+
+def _fit_sequence_model(
+    folder: Path,
+    data: Dataset,
+    split: Split,
+    config: Config,
+    semantic_ids: SemanticIDs | None,
+    bars: bool,
+    say: Callable[..., None],
+) -> SequenceModel:
+    """Trains until the validation metric stops rising, and returns the model of the best epoch."""
+    options, max_length = config.training, config.model.max_length
+    torch.manual_seed(options.seed)
+    model = SequenceModel(data.n_items, config.model, semantic_ids)
+    batches = TrainingBatches(split.train, max_length, options.batch_tokens, options.seed)
+    module = SequenceModule(model, config, batches, split.validation, data.n_items)
+    best = train(module, Stage(folder, "sequence_model", options.epochs, options.patience), bars=bars)
+    module.load_state_dict(best["state_dict"])
+    say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
+    return model.cpu().eval()
+
+
+def _final_metrics(
+    data: Dataset, split: Split, config: Config, model: SequenceModel, semantic_ids: SemanticIDs | None
+) -> dict[str, Any]:
+    options = {"n_items": data.n_items, "max_length": config.model.max_length}
+    popular = MostPopular(split.train, data.n_items)
+    held_out = {"validation": split.validation, "test": split.test}
+    metrics = {
+        "model": config.model_name,
+        "data": data.name,
+        "candidates": "all items, history removed",
+        **{name: evaluate(model, part, **options) for name, part in held_out.items()},
+        "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
+    }
+    if semantic_ids is not None:
+        figures = semantic_ids.figures()
+        agreement = figures["agreement"]  # undefined where no item has every modality; JSON has no NaN
+        metrics["tokenizer"] = {**figures, "agreement": None if math.isnan(agreement) else agreement}
+    return metrics
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _quiet(text: str, end: str = "\n") -> None:
+    del text, end

@@ -25,11 +25,11 @@ class EpochSeeded(L.LightningModule):
         self.batches = batches
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+        self.batches.set_epoch(self.current_epoch)  # asked for every epoch
+        return torch.utils.data.DataLoader(self.batches, batch_size=None, generator=torch.Generator())
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
-        self.batches.set_epoch(self.current_epoch)
 
     def log_epoch(self, values: dict[str, Tensor], batch: PackedBatch, **options) -> None:
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.items), **options)
@@ -88,7 +88,9 @@ class TokenizerModule(EpochSeeded):
 class SequenceModule(EpochSeeded):
     """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch."""
 
-    def __init__(self, model: SequenceModel, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int):
+    def __init__(
+        self, model: SequenceModel, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
+    ):
         super().__init__(config.training.seed, batches)
         self.model = model
         self.config = config

@@ -1,12 +1,14 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
-    config.yaml            every option of the run
-    run.json               data set (name, path, fingerprint), versions, time
-    semantic_ids.parquet   one row an item: id, title, codes of every modality
-    model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
-    metrics.json           validation and test metrics, figures of the tokenizer
-    curves.png, codebooks.png
-    logs/                  CSV and TensorBoard logs;  checkpoints/  to resume from
+config.yaml            every option of the run
+run.json               data set (name, path, fingerprint), versions, time
+tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
+semantic_ids.parquet   one row an item: id, title, codes of every modality
+model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
+metrics.json           validation and test metrics, figures of the tokenizer
+curves.png, codebooks.png
+logs/                  CSV and TensorBoard logs, one version for every time the run was started
+checkpoints/           to resume from
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from typing import Any
 
 import polars as pl
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
@@ -72,6 +74,8 @@ class Run:
     @cached_property
     def data(self) -> Dataset:
         """The data set that the run was made from, read from where it was."""
+        if self._data is None and self.facts["data"]["path"] is None:
+            raise ValueError(f"data: {self.folder} was made from a data set in memory; pass it: Run(folder, data)")
         data = self._data or Dataset.load(self.facts["data"]["path"])
         if data.fingerprint() != self.facts["data"]["fingerprint"]:
             raise ValueError(
@@ -122,14 +126,12 @@ class Run:
 
 
 def save_model(model: SequenceModel, path: Path) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    atomically(path, lambda temporary: save_file(state, temporary))
+    save_weights(model.state_dict(), path)
 
 
 def load_model(path: Path, config: Config) -> SequenceModel:
     """Builds the model that `path` holds the weights of: the sizes of the catalogue come from the weights."""
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    state = load_file(path)
     semantic_ids = None
     if "codes" in state:
         modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
@@ -140,12 +142,17 @@ def load_model(path: Path, config: Config) -> SequenceModel:
     return model.eval()
 
 
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    atomically(path, lambda temporary: save_file(state, temporary))
+
+
 def write_json(path: Path, value: Any) -> None:
     atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write` with a temporary name beside `path` and moves the result there, so that no reader sees half a file."""
+    """Calls `write` with a temporary name beside `path` and moves the result there: no reader sees half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

@@ -1,0 +1,244 @@
+"""The `bbqrec` command. Each subcommand imports what it needs when called, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bbqrec.serving.recommender import BBQRec
+
+app = typer.Typer(
+    help="Multi-modal sequential recommendation on semantic IDs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `bbqrec fit` makes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
+KeepHistory = Annotated[bool, typer.Option("--keep-history", help="Leave items of the history among the candidates.")]
+
+METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose expected errors are one sentence on stderr and exit code 1."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted; the same command resumes.", err=True)
+            raise typer.Exit(130) from None
+
+    return app.command()(guarded)
+
+
+@command
+def fit(
+    data: Annotated[Path, typer.Option(help="Data set: a folder in one of the formats read.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write; an unfinished one is resumed.")],
+    model: Annotated[str | None, typer.Option(help="bbqrec or sasrec; by default what the options say.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option, e.g. training.seed=1; repeat.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model and write its run folder; resumes an unfinished one."""
+    from bbqrec import Config
+    from bbqrec import fit as fit_run
+
+    options = (Config.load(config) if config else Config()).override(assignments or [])
+    run = fit_run(data, out, model=model, config=options)
+    if as_json:
+        _print_json({"run": str(out), **run.metrics})
+    else:
+        _print_metrics({split: run.metrics[split] for split in ("validation", "test")}, "history removed")
+        typer.echo(f"Run folder: {out}")
+
+
+@command
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="The run's data set, if it is no longer where it was.")] = None,
+    keep_history: KeepHistory = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank all items for every user's held-out item."""
+    from bbqrec import Dataset, Run
+
+    opened = Run(run, Dataset.load(data) if data else None)
+    metrics = opened.evaluate(split, keep_history=keep_history)
+    candidates = "history kept" if keep_history else "history removed"
+    if as_json:
+        _print_json({"run": str(run), "split": split, "candidates": candidates, **metrics})
+    else:
+        _print_metrics({split: metrics}, candidates)
+
+
+@command
+def recommend(
+    run: RunFolder,
+    items: Annotated[list[str] | None, typer.Argument(help="Item ids of the history, oldest first.")] = None,
+    history: Annotated[
+        list[str] | None, typer.Option("--history", help="Item ids, separated by commas; repeat to go on.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    keep_history: KeepHistory = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend the next items of one history."""
+    from bbqrec import BBQRec
+
+    given = [*(items or []), *(item.strip() for part in history or [] for item in part.split(",") if item.strip())]
+    if not given:
+        raise ValueError("history: no item given; name items, e.g. `bbqrec recommend RUN --history A,B`")
+    model = BBQRec.load(run)
+    rows = _recommendations(model, given, k, keep_history)
+    if as_json:
+        _print_json({"run": str(run), "history": given, "items": rows})
+    else:
+        _print_recommendations(rows, f"Next items after {len(given)} interactions")
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the catalogue and the runs.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the catalogue and of training.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Generate a catalogue, train SASRec and BBQRec on it, compare them, and recommend to one user."""
+    from bbqrec import BBQRec, Config, Dataset, fit
+    from bbqrec.data.demo import make_demo_dataset
+
+    generated = make_demo_dataset(seed=seed)
+    folder = out / "data"
+    if not folder.exists():
+        generated.save(folder)
+    data = Dataset.load(folder)
+    if data.fingerprint() != generated.fingerprint():
+        raise ValueError(f"out: {out} holds the demo of another seed or version; choose another --out, or delete it")
+
+    config = Config().override({"training.seed": seed, **DEMO_OPTIONS})
+    runs = {name: fit(data, out / name, model=name, config=config) for name in ("sasrec", "bbqrec")}
+    rows = {"most popular": runs["bbqrec"].metrics["most_popular"]["test"]}
+    rows |= {"SASRec": runs["sasrec"].metrics["test"], "BBQRec": runs["bbqrec"].metrics["test"]}
+
+    model = BBQRec.load(out / "bbqrec")
+    user = int(runs["bbqrec"].split.test.users[0])
+    name = data.user_ids[user]
+    history = [data.item_ids[i] for i in data.histories[user][:-1]]
+    recommended = _recommendations(model, history, 10, keep_history=False)
+    if as_json:
+        _print_json(
+            {"run": str(out), "test": rows, "user": data.user_ids[user], "history": history, "items": recommended}
+        )
+        return
+    _print_metrics(rows, "test, history removed")
+    seen = [{"item": item, "title": model.title(item), "semantic_id": model.semantic_id(item)} for item in history]
+    _print_table(f"History of {name}, oldest first", seen)
+    _print_recommendations(recommended, f"Recommended to {name} by BBQRec")
+    typer.echo(f"Next: bbqrec recommend {out / 'bbqrec'} --history {','.join(history[-2:])}")
+
+
+@command
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this installation can do; exit code 1 if it cannot train and recommend."""
+    from bbqrec_kernels.collect_env import collect, render
+
+    report = collect()
+    report["models"] = {name: _version(name) for name in _requirements("models")}
+    missing = [name for name, version in report["models"].items() if version is None]
+    idle = [name for name, blockers in report["operators"].items() if all(blockers.values())]
+    if as_json:
+        _print_json({**report, "ready": not (missing or idle)})
+    else:
+        typer.echo(render(report))
+        typer.echo("\nextra [models]")
+        for name, version in report["models"].items():
+            typer.echo(f"  {name:<14} {version or 'missing'}")
+        typer.echo()
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing: pip install 'bbqrec[models]'")
+    if idle:
+        raise ValueError(f"no implementation of {', '.join(idle)} runs; the report above says why")
+    if not as_json:
+        typer.echo("Ready: `bbqrec demo` shows the whole way.")
+
+
+DEMO_OPTIONS: dict[str, Any] = {"tokenizer.epochs": 10, "training.epochs": 30, "training.patience": 4}
+
+
+def _recommendations(model: BBQRec, history: list[str], k: int, keep_history: bool) -> list[dict[str, Any]]:
+    [best] = model.recommend([history], k, keep_history=keep_history)
+    return [
+        {
+            "rank": rank,
+            "item": item,
+            "title": model.title(item),
+            "score": round(score, 4),
+            "semantic_id": model.semantic_id(item),
+        }
+        for rank, (item, score) in enumerate(best, start=1)
+    ]
+
+
+def _print_recommendations(rows: list[dict[str, Any]], title: str) -> None:
+    _print_table(title, [{**row, "score": f"{row['score']:.3f}"} for row in rows])
+
+
+def _print_metrics(rows: dict[str, dict[str, float]], candidates: str) -> None:
+    table = [{"": name, **{key: f"{row[key]:.4f}" for key in METRICS}} for name, row in rows.items()]
+    _print_table(f"Metrics over all items ({candidates})", table)
+
+
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in rows[0]:
+        numeric = name in ("rank", "score", *METRICS)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    # A pipe or a file has no width: nothing is cut or folded there.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _requirements(extra: str) -> Iterable[str]:
+    """Distributions that an extra of this package names."""
+    for line in metadata.requires("bbqrec") or []:
+        requirement, _, marker = line.partition(";")
+        if f'extra == "{extra}"' in marker:
+            yield requirement.strip().partition(">")[0].strip()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,119 @@
+"""`BBQRec`: a finished run folder as an object that recommends. Needs the run folder, not the data set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bbqrec.data.batches import pack_histories
+from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
+from bbqrec.training.run import Run
+
+BATCH_HISTORIES = 256  # bounds the memory of the scores, BATCH_HISTORIES x n_items
+
+
+class BBQRec:
+    """Recommends the next items of histories. `BBQRec.load` opens a run folder of any model, SASRec too.
+
+    Args:
+        model: a trained model; its device is where scores are computed.
+        item_ids: name of every item, in the order of the model.
+        titles: title of every item.
+        max_length: latest interactions of a history that count.
+        semantic_ids: codes of every item, None for a model without.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        item_ids: Sequence[str],
+        titles: Sequence[str],
+        max_length: int,
+        semantic_ids: SemanticIDs | None = None,
+    ):
+        self.model = model.eval()
+        self.item_ids = list(item_ids)
+        self.titles = list(titles)
+        self.max_length = max_length
+        self.semantic_ids = semantic_ids
+        self._index = {item: i for i, item in enumerate(self.item_ids)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BBQRec:
+        """Opens a finished run folder. Raises `ValueError` where there is none, or an unfinished one."""
+        run = Run(Path(folder))
+        items = run.items
+        max_length = run.config.model.max_length
+        return cls(run.model, items["item"].to_list(), items["title"].to_list(), max_length, run.semantic_ids)
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, keep_history: bool = False
+    ) -> list[list[tuple[str, float]]]:
+        """The best next items.
+
+        Args:
+            histories: item ids of each user, oldest first. Of a long one, the latest `max_length` items count.
+            k: items to return for each history.
+            keep_history: also recommend items of the history; by default they are left out.
+
+        Returns:
+            For each history `k` pairs of item id and score, best first. Scores are logits of the softmax over items:
+            they compare within a history, not between histories.
+
+        Raises:
+            TypeError: `histories` is no list of lists of strings.
+            ValueError: an item is unknown, a history is empty, or `k` is below 1 or above the number of candidates.
+        """
+        indices = [self._indices(n, history) for n, history in enumerate(histories)]
+        for n, items in enumerate(indices):
+            removed = 0 if keep_history else len(set(items))
+            candidates = len(self.item_ids) - removed
+            if not 1 <= k <= candidates:
+                raise ValueError(
+                    f"k: got {k}, expected 1 to {candidates} for history {n} "
+                    f"({len(self.item_ids)} items, {removed} of them left out as history)"
+                )
+        recommended = []
+        for start in range(0, len(indices), BATCH_HISTORIES):
+            recommended += self._recommend(indices[start : start + BATCH_HISTORIES], k, keep_history)
+        return recommended
+
+    def title(self, item: str) -> str:
+        """Title of an item. Raises `ValueError` where the item is unknown."""
+        return self.titles[self.item_index(item)]
+
+    def semantic_id(self, item: str) -> str:
+        """Semantic ID of an item for people; the item's number alone for a model without semantic IDs."""
+        index = self.item_index(item)
+        return f"#{index}" if self.semantic_ids is None else self.semantic_ids.text(index)
+
+    def item_index(self, item: str) -> int:
+        """Row of an item. Raises `ValueError` naming the nearest known ids where the item is unknown."""
+        if item not in self._index:
+            nearest = difflib.get_close_matches(str(item), self.item_ids, n=3, cutoff=0.5) or self.item_ids[:3]
+            raise ValueError(f"item {item!r} is unknown; the nearest known ids are {', '.join(map(repr, nearest))}")
+        return self._index[item]
+
+    def _indices(self, n: int, history: Sequence[str]) -> list[int]:
+        if isinstance(history, str) or not all(isinstance(item, str) for item in history):
+            raise TypeError(f"histories: got {history!r} at position {n}, expected a list of item ids (strings)")
+        if not history:
+            raise ValueError(f"histories: history {n} is empty, expected at least one item id")
+        return [self.item_index(item) for item in history]
+
+    def _recommend(self, histories: list[list[int]], k: int, keep_history: bool) -> list[list[tuple[str, float]]]:
+        batch = pack_histories([np.array(items) for items in histories], self.max_length)
+        scores = self.model.score(batch.to(next(self.model.parameters()).device)).cpu()
+        if not keep_history:
+            for row, items in zip(scores, histories, strict=True):
+                row[items] = -torch.inf
+        best = scores.topk(k)
+        return [
+            [(self.item_ids[i], score) for i, score in zip(*row, strict=True)]
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

@@ -1,0 +1,117 @@
+"""Lightning as `fit` uses it: checkpoints of the best and the latest epoch, early stopping, logs, and no chatter."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from bbqrec.training.modules import VALIDATION_METRIC
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a run: where it keeps its files and when it ends.
+
+    Attributes:
+        folder: the run folder.
+        name: of the stage, for `logs/<name>` and `checkpoints/<name>`.
+        epochs: upper limit.
+        patience: epochs without a better validation metric before stopping; None trains all epochs.
+    """
+
+    folder: Path
+    name: str
+    epochs: int
+    patience: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints" / self.name
+
+
+def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dict[str, Any]:
+    """Trains a module, from its latest checkpoint where there is one.
+
+    Returns:
+        The checkpoint of the best epoch (of the last one, without patience), and `epochs_run`.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; the checkpoints of the epochs before stay.
+    """
+    callbacks: list[Callback] = [TQDMProgressBar(leave=True)] if bars else []
+    if stage.patience is not None:
+        callbacks.append(_Patience(VALIDATION_METRIC, mode="max", patience=stage.patience))
+        callbacks.append(_latest_and(stage, "best", monitor=VALIDATION_METRIC, mode="max"))
+    else:
+        callbacks.append(_latest_and(stage, "last"))
+    csv = CSVLogger(stage.folder / "logs", name=stage.name)  # every start writes a new version
+    tensorboard = TensorBoardLogger(stage.folder / "logs", name=stage.name, version=f"version_{csv.version}")
+    with _silent_lightning():
+        trainer = L.Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=stage.epochs,
+            callbacks=callbacks,
+            logger=[csv, tensorboard],
+            enable_progress_bar=bars,
+            enable_model_summary=False,
+            reload_dataloaders_every_n_epochs=1,  # the number of batches differs from epoch to epoch
+        )
+        latest = stage.checkpoints / "last.ckpt"
+        _fit_interruptibly(trainer, module, latest if latest.is_file() else None)
+    best = torch.load(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"), weights_only=True)
+    return {**best, "epochs_run": trainer.current_epoch}
+
+
+class _Patience(EarlyStopping):
+    """Early stopping that stays stopped when a run is resumed between its last epoch and its end."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        del pl_module
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+def _latest_and(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
+    """Keeps `<name>.ckpt`, which is the best epoch's where a metric is monitored, and `last.ckpt`."""
+    return ModelCheckpoint(
+        stage.checkpoints, filename=name, save_last=bool(monitor), enable_version_counter=False, **monitor
+    )
+
+
+def _fit_interruptibly(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path | None) -> None:
+    """`trainer.fit`, but Ctrl-C raises KeyboardInterrupt; Lightning would exit, and ignore Ctrl-C from then on."""
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _silent_lightning() -> Iterator[None]:
+    """Keeps Lightning's tips and its warnings about choices that are deliberate here from the user."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Chooses the implementation of an operator: `impl="auto"` takes the first that can run, a named one never falls back."""
+"""Chooses the implementation of an operator: `impl="auto"` takes the fastest that can run, a named one never yields."""
 
 from __future__ import annotations
 

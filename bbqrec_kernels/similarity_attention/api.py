@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
     if not values or values[0] != 0:
         raise ValueError(f"cu_seqlens: got {values[:1]} at the start, expected 0")
     longest = 0
-    for i, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(values)):
         if end < start:
             raise ValueError(
                 f"cu_seqlens: got {end} after {start} at index {i + 1}, expected values that never decrease"

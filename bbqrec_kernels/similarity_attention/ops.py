@@ -1,8 +1,8 @@
 """Operators of `torch.library`: schemas, fake kernels and autograd. Kernels are registered by the compiled libraries.
 
 Terms arrive flattened (see `api._flatten`): one `biases` of all tables, and for each term a number for its kind, the
-bits of a level in packed words (0: not packed), its number of buckets, what is compared on the query and on the key side, and boundaries
-(empty but for cosine).
+bits of a level in packed words (0: not packed), its number of buckets, what is compared on the query and on the key
+side, and boundaries (empty but for cosine).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _backward_of(backward_operator: torch._ops.OpOverload):
     def backward(ctx, grad, _grad_logsumexp):
         needs = ctx.needs_input_grad[:4]
         terms, masks = len(ctx.integers[0]), len(ctx.masks)
-        not_differentiable = ([None] * terms,) * 3 + ([],) * 3 + (None,) * masks
+        # torch.library wants a list for Tensor[], and for int[] a list if it is empty and None otherwise.
+        not_differentiable = ([None] * terms,) * 3 + (None if terms else [],) * 3 + (None,) * masks
         if grad is None or not any(needs):
             return (None,) * 4 + not_differentiable
         saved = ctx.saved_tensors

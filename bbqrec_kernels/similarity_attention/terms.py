@@ -60,7 +60,7 @@ def prefix(
     """Buckets by the number of leading levels that agree: 0 to L.
 
     Args:
-        codes: `(..., M, L)` integers, or what `pack` made of them. A negative code agrees with nothing, itself included.
+        codes: `(..., M, L)` integers, or what `pack` made of them. A negative code agrees with nothing.
         bias: `(M, H, L+1)` float32, learnable. `-inf` forbids a bucket.
         key_codes: codes of the key tokens, where they are not those of the query tokens: other tokens, or other
             modalities (text of one item against image of another).

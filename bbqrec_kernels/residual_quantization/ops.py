@@ -1,4 +1,4 @@
-"""Operators of `torch.library`: schemas, fake kernels and autograd. Kernels are registered by the compiled libraries."""
+"""Operators of `torch.library`: schemas, fake kernels, autograd. The compiled libraries register the kernels."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@
 // same bits.
 #include <cmath>
 #include <limits>
-#include <memory>
 
 #include "common.h"
 
@@ -15,12 +14,18 @@ namespace {
 
 constexpr int64_t kRows = 4;         // rows of one register tile
 constexpr int64_t kLanes = 16;       // codewords of one register tile
+constexpr int64_t kDepth = 64;       // products summed in one go; rounding errors grow with kDepth + D / kDepth
 constexpr int64_t kBlockRows = 64;   // rows of one unit of work, and of one partial sum of the losses
 constexpr int64_t kChunkRows = 512;  // least rows of one partial sum of codebook gradients
 constexpr int64_t kMaxChunks = 64;
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 static_assert(kBlockRows % kRows == 0);
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// While |r|² + |c|² stays below this, no partial sum of r·c overflows, and neither does the score.
+constexpr float kSafeNorm = std::numeric_limits<float>::max() / 4;
 
 struct Shape {
   int64_t rows, levels, size, width;
@@ -32,44 +37,66 @@ struct Panels {
   int64_t count;
   std::vector<float> words;
   std::vector<float> half_norms;
+  std::vector<float> largest_norms;  // of each level, squared
   bool finite = true;
 
   Panels(const float* codebooks, const Shape& s)
       : count(ceil_div(s.size, kLanes)),
         words(s.levels * count * s.width * kLanes),
-        half_norms(s.levels * count * kLanes, std::numeric_limits<float>::infinity()) {
+        half_norms(s.levels * count * kLanes, kInfinity),
+        largest_norms(s.levels, 0.0f) {
     for (int64_t l = 0; l < s.levels; ++l) {
       for (int64_t k = 0; k < s.size; ++k) {
         const float* word = codebooks + (l * s.size + k) * s.width;
         const int64_t panel = l * count + k / kLanes;
         float* target = words.data() + panel * s.width * kLanes + k % kLanes;
-        float norm = 0;
+        double norm = 0;
         for (int64_t d = 0; d < s.width; ++d) {
           target[d * kLanes] = word[d];
-          norm += word[d] * word[d];
+          norm += double(word[d]) * word[d];
           finite = finite && std::isfinite(word[d]);
         }
-        half_norms[panel * kLanes + k % kLanes] = 0.5f * norm;
+        half_norms[panel * kLanes + k % kLanes] = static_cast<float>(0.5 * norm);
+        largest_norms[l] = std::max(largest_norms[l], static_cast<float>(norm));
       }
     }
   }
 };
+
+// The same operations in the same order for every vector of n elements.
+BBQ_INLINE float squared_norm(const float* v, int64_t n) {
+  Lanes sums = {};
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    Lanes part;
+    __builtin_memcpy(&part, v + d, sizeof(part));
+    sums += part * part;
+  }
+  float total = 0;
+  for (; d < n; ++d) total += v[d] * v[d];
+  for (int64_t j = 0; j < kLanes; ++j) total += sums[j];
+  return total;
+}
 
 // For kRows residuals, the codeword with the least |c|²/2 - r·c at one level (the distance, halved, less |r|²/2).
 BBQ_INLINE void search_tile(const float* residual, int64_t width, const float* words, const float* half_norms,
                             int64_t panels, int64_t* codes) {
   float best[kRows];
   for (int64_t i = 0; i < kRows; ++i) {
-    best[i] = std::numeric_limits<float>::infinity();
+    best[i] = kInfinity;
     codes[i] = 0;
   }
   for (int64_t p = 0; p < panels; ++p) {
     Lanes dot[kRows] = {};
     const float* panel = words + p * width * kLanes;
-    for (int64_t d = 0; d < width; ++d) {
-      Lanes word;
-      __builtin_memcpy(&word, panel + d * kLanes, sizeof(word));
-      for (int64_t i = 0; i < kRows; ++i) dot[i] += word * residual[i * width + d];
+    for (int64_t first = 0; first < width; first += kDepth) {
+      Lanes part[kRows] = {};
+      for (int64_t d = first; d < std::min(first + kDepth, width); ++d) {
+        Lanes word;
+        __builtin_memcpy(&word, panel + d * kLanes, sizeof(word));
+        for (int64_t i = 0; i < kRows; ++i) part[i] += word * residual[i * width + d];
+      }
+      for (int64_t i = 0; i < kRows; ++i) dot[i] += part[i];
     }
     for (int64_t i = 0; i < kRows; ++i) {
       for (int64_t j = 0; j < kLanes; ++j) {
@@ -83,12 +110,35 @@ BBQ_INLINE void search_tile(const float* residual, int64_t width, const float* w
   }
 }
 
+// The same for one residual, by distances: they stay finite where a score overflows.
+int64_t search_by_distance(const float* residual, const float* words, const Shape& s) {
+  float best = kInfinity;
+  int64_t code = 0;
+  for (int64_t k = 0; k < s.size; ++k) {
+    float distance = 0;
+    for (int64_t d = 0; d < s.width; ++d) {
+      const float rest = residual[d] - words[k * s.width + d];
+      distance += rest * rest;
+    }
+    if (distance < best) {
+      best = distance;
+      code = k;
+    }
+  }
+  return code;
+}
+
 // Quantizes one block of rows in place: `residual` holds the rows, then what is left of them.
 BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* codes, bool* bad, double* losses,
                                     int64_t rows, const float* codebooks, const Panels& panels, const Shape& s) {
-  for (int64_t i = 0; i < rows; ++i) bad[i] = !panels.finite;
+  float norms[kBlockRows];  // |r|² of the level
+  for (int64_t i = 0; i < rows; ++i) {
+    norms[i] = squared_norm(residual + i * s.width, s.width);
+    bad[i] = !panels.finite;
+  }
   std::fill(quantized, quantized + rows * s.width, 0.0f);
   for (int64_t l = 0; l < s.levels; ++l) {
+    const float* level_words = codebooks + l * s.size * s.width;
     int64_t found[kBlockRows];
     for (int64_t i = 0; i < rows; i += kRows) {  // rows past the last of a short block are zeros
       search_tile(residual + i * s.width, s.width, panels.words.data() + l * panels.count * s.width * kLanes,
@@ -96,23 +146,24 @@ BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* 
     }
     losses[l] = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      const float* word = codebooks + (l * s.size + found[i]) * s.width;
       float* r = residual + i * s.width;
       float* q = quantized + i * s.width;
-      float distance = 0;
+      const bool safe = norms[i] + panels.largest_norms[l] < kSafeNorm;  // false for NaN
+      if (!safe && !bad[i]) found[i] = search_by_distance(r, level_words, s);
+      const float* word = level_words + found[i] * s.width;
       for (int64_t d = 0; d < s.width; ++d) {
         r[d] -= word[d];
         q[d] += word[d];
-        distance += r[d] * r[d];
       }
-      bad[i] = bad[i] || !std::isfinite(distance);
+      norms[i] = squared_norm(r, s.width);
+      bad[i] = bad[i] || !std::isfinite(norms[i]);
       codes[i * s.levels + l] = found[i];
-      losses[l] += distance;
+      losses[l] += norms[i];
     }
   }
 }
 
-// Runs f(first, last) over fixed blocks of rows, on all cores.
+// Runs f(block, first, last) over fixed blocks of rows, on all cores.
 template <class F>
 void for_blocks(int64_t rows, int64_t block_rows, const F& f) {
   torch::stable::parallel_for(0, ceil_div(rows, block_rows), 1, [&](int64_t begin, int64_t end) {
@@ -165,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
         float* q = sum.data() + (i - first) * s.width;
         if (bad[i - first]) {
           block_bad[b] = 1;
-          std::fill(q, q + s.width, std::numeric_limits<float>::quiet_NaN());
+          std::fill(q, q + s.width, kNaN);
           std::fill(code_data + i * s.levels, code_data + (i + 1) * s.levels, int64_t{-1});
         }
         store_row(q, out + i * s.width, s.width);
@@ -178,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
     double total = 0;
     for (size_t b = 0; b < block_bad.size(); ++b) total += partials[b * s.levels + l];
     const double mean = s.rows == 0 ? 0.0 : total / (static_cast<double>(s.rows) * s.width);
-    loss_data[l] = any_bad ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(mean);
+    loss_data[l] = any_bad ? kNaN : static_cast<float>(mean);
   }
   return {quantized.finish(), codes, losses, clone(losses)};
 }
@@ -243,6 +294,7 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
   const std::vector<float> book_scales = loss_scales(grad_codebook_loss, s);
   const float* book_data = static_cast<const float*>(books.const_data_ptr());
   const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
+  check_codes(code_data, s.rows * s.levels, s.size);
   Tensor grad_x = need_x ? empty_like(x) : new_empty(x, {0});
   Tensor grad_books = need_codebooks ? empty_like(codebooks) : new_empty(codebooks, {0});
 
@@ -269,7 +321,7 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
           walk_residuals(row, a, b, row_codes, book_data, s, [&](int64_t l, int64_t, const float*, const float* next) {
             add_scaled(sum, next, x_scales[l], s.width);
           });
-          if (row_codes[0] < 0) std::fill(sum, sum + s.width, std::numeric_limits<float>::quiet_NaN());
+          if (row_codes[0] < 0) std::fill(sum, sum + s.width, kNaN);
           store_row(sum, out + i * s.width, s.width);
         }
       });

@@ -1,0 +1,157 @@
+"""Packed batches: sequences of different lengths one after another, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from bbqrec.data.dataset import Histories
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """B sequences with T items in all.
+
+    Attributes:
+        items: `(T,)` int64 item indices.
+        positions: `(T,)` int64, place of each item in its sequence, from 0.
+        timestamps: `(T,)` int64, or None where the data has none.
+        cu_seqlens: `(B + 1,)` int32; sequence `b` is `items[cu_seqlens[b] : cu_seqlens[b + 1]]`.
+        max_seqlen: length of the longest sequence.
+        targets: `(T,)` int64, the item that follows at each position, or None outside training.
+    """
+
+    items: Tensor
+    positions: Tensor
+    timestamps: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    targets: Tensor | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """`(B,)` int64, index into the T items of each sequence's last one."""
+        return self.cu_seqlens[1:].long() - 1
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        values = (getattr(self, f.name) for f in fields(self))
+        return PackedBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
+
+def pack_histories(histories: Histories | Sequence[Sequence[int]], max_length: int) -> PackedBatch:
+    """Packs histories for scoring: of each the latest `max_length` items, with positions from the first one kept.
+
+    Raises `ValueError` if a history is empty or `max_length` is below 1.
+    """
+    if not isinstance(histories, Histories):
+        histories = Histories.from_lists(histories)
+    _check_at_least_one("max_length", max_length)
+    if (histories.lengths < 1).any():
+        raise ValueError(f"histories: number {histories.lengths.argmin()} (counted from 0) is empty; leave it out")
+    stops = histories.offsets[1:]
+    return _pack(histories.spans(np.maximum(histories.offsets[:-1], stops - max_length), stops))
+
+
+class TrainingBatches(IterableDataset):
+    """All transitions of the histories, each once an epoch, in packed batches with targets.
+
+    A history of n items has n - 1 transitions: every item but the last is an input, and the item after it the target.
+    Histories with more than `max_length` transitions are cut into consecutive windows of `max_length`, counted from the
+    end, so that the latest window is a full one. A history of one item has no transition and is left out.
+
+    An epoch's batches depend on (seed, epoch) alone. They hold whole windows and about equally many tokens:
+    `batch_tokens` at most on average, and each less than `batch_tokens + max_length`. Their number is the same in every
+    epoch: training loops ask for `len` once. With several loader workers or distributed ranks each gets its share; the
+    ranks' shares are equally many (some batches are seen twice where the number of ranks does not divide `len`).
+
+    Args:
+        histories: of training.
+        max_length: longest window.
+        batch_tokens: interactions a batch.
+        seed: of the order.
+
+    Raises `ValueError` if no history has a transition or a number is below 1.
+    """
+
+    def __init__(self, histories: Histories, max_length: int, batch_tokens: int, seed: int):
+        super().__init__()
+        _check_at_least_one("max_length", max_length)
+        _check_at_least_one("batch_tokens", batch_tokens)
+        if not (histories.lengths > 1).any():
+            raise ValueError("histories: no user has two interactions in training; there is no transition to learn")
+        self.histories = histories
+        self.starts, self.stops = _windows(histories, max_length)  # of the inputs
+        self.seed = seed
+        self.epoch = 0
+        n_batches = -(-int((self.stops - self.starts).sum()) // batch_tokens)
+        self.n_batches = min(n_batches, len(self.starts))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of an epoch: on this rank, where training is distributed."""
+        return -(-self.n_batches // _rank_and_world()[1])
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.starts))
+        bounds = _bounds(self.stops[order] - self.starts[order], self.n_batches)
+        rank, world = _rank_and_world()
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for n in range(first, len(self), step):
+            k = (rank + n * world) % self.n_batches
+            windows = order[bounds[k] : bounds[k + 1]]
+            starts, stops = self.starts[windows], self.stops[windows]
+            inputs = self.histories.spans(starts, stops)
+            yield _pack(inputs, targets=self.histories.spans(starts + 1, stops + 1).items)
+
+
+def _windows(histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and stops of the inputs of each window, as indices into the flat items."""
+    first, last = histories.offsets[:-1], histories.offsets[1:] - 1  # the last item of a history is a target only
+    counts = np.maximum(-(-(last - first) // max_length), 0)
+    history = np.repeat(np.arange(len(histories)), counts)
+    from_the_end = counts.cumsum().repeat(counts) - np.arange(len(history)) - 1
+    stops = last[history] - from_the_end * max_length
+    return np.maximum(first[history], stops - max_length), stops
+
+
+def _bounds(lengths: np.ndarray, n_batches: int) -> np.ndarray:
+    """Cuts windows of these lengths into `n_batches` runs of about equally many tokens, none of them empty."""
+    starts = lengths.cumsum() - lengths
+    k = np.arange(n_batches)
+    bounds = np.searchsorted(starts, k * (lengths.sum() / n_batches))
+    bounds = np.maximum.accumulate(bounds - k) + k  # at least one window before each bound ...
+    bounds = np.minimum(bounds, len(lengths) - n_batches + k)  # ... and after it
+    return np.append(bounds, len(lengths))
+
+
+def _pack(histories: Histories, targets: np.ndarray | None = None) -> PackedBatch:
+    lengths = histories.lengths
+    positions = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
+    return PackedBatch(
+        items=torch.from_numpy(histories.items),
+        positions=torch.from_numpy(positions),
+        timestamps=None if histories.timestamps is None else torch.from_numpy(histories.timestamps),
+        cu_seqlens=torch.from_numpy(histories.offsets.astype(np.int32)),
+        max_seqlen=int(lengths.max(initial=0)),
+        targets=None if targets is None else torch.from_numpy(targets),
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")

@@ -1,0 +1,54 @@
+"""Which interactions are trained on, and which are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bbqrec.data.dataset import Dataset, Histories
+
+
+@dataclass(frozen=True, eq=False)
+class Heldout:
+    """One item for each of `n` users, to be ranked given the user's history.
+
+    Attributes:
+        histories: what the user did before; `n` sequences, none of them empty.
+        targets: `(n,)` int64, the held-out items.
+        users: `(n,)` int64, indices of the users in the data set.
+    """
+
+    histories: Histories
+    targets: np.ndarray
+    users: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """`train` has a sequence for every user, in the order of the data set."""
+
+    train: Histories
+    validation: Heldout
+    test: Heldout
+
+
+def leave_one_out(data: Dataset) -> Split:
+    """Holds out the last item of every user for the test, and the last but one for validation.
+
+    The history of the test target includes the validation target. Users with fewer than three interactions cannot give
+    both targets and a history: they are in `train`, with all they did, and nowhere else.
+    """
+    histories = data.histories
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    split = histories.lengths >= 3
+    users = np.flatnonzero(split)
+
+    def hold_out(from_the_end: int) -> Heldout:
+        targets = stops[split] - from_the_end
+        return Heldout(histories.spans(starts[split], targets), histories.items[targets], users)
+
+    return Split(histories.spans(starts, np.where(split, stops - 2, stops)), hold_out(2), hold_out(1))

@@ -1,0 +1,42 @@
+"""Features for items that come with texts only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from bbqrec.data.dataset import Dataset, Features
+
+WIDTH = 128
+
+
+def with_text_features(data: Dataset) -> Dataset:
+    """`data`, with "text" features derived from its texts if it has texts but no such features."""
+    if "text" in data.features or not data.texts:
+        return data
+    features = tfidf_svd([data.text(i) for i in range(data.n_items)])
+    return data if features is None else replace(data, features={**data.features, "text": features})
+
+
+def tfidf_svd(texts: list[str], width: int = WIDTH) -> Features | None:
+    """Words and pairs of words, weighted by TF-IDF and reduced by SVD; rows have length 1.
+
+    Args:
+        texts: one an item; items without any word in use lack the modality.
+        width: of the features, at most; small catalogues have less.
+
+    Returns None if the texts have no words at all.
+    """
+    from sklearn.decomposition import TruncatedSVD  # slow to import
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import normalize
+
+    if not any(any(character.isalnum() for character in text) for text in texts):
+        return None
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"\w+", dtype=np.float32)
+    weights = words.fit_transform(texts)  # (n_items, n_words), sparse
+    present = np.diff(weights.indptr) > 0
+    width = min(width, *weights.shape)
+    values = normalize(TruncatedSVD(width, random_state=0).fit_transform(weights))
+    return Features(np.where(present[:, None], values, 0).astype(np.float32), present, derived=True)

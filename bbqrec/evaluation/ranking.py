@@ -1,0 +1,132 @@
+"""Recall and NDCG of the held-out item among all items."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bbqrec.data.batches import PackedBatch, pack_histories
+from bbqrec.data.splits import Heldout
+
+RECALL_AT = (1, 5, 10, 20)
+NDCG_AT = (5, 10, 20)
+
+
+class Ranker(Protocol):
+    """Anything that scores the next item. An `nn.Module` must be in evaluation mode."""
+
+    def score(self, batch: PackedBatch) -> Tensor:
+        """Scores `(B, n_items)`, higher is better, on the device of the batch."""
+
+
+@torch.no_grad()
+def evaluate(
+    ranker: Ranker,
+    heldout: Heldout,
+    n_items: int,
+    *,
+    keep_history: bool = False,
+    max_length: int,
+    batch_users: int | None = None,
+    train_items: np.ndarray | Collection[int] | None = None,
+) -> dict[str, float]:
+    """Ranks all items for every user of `heldout`.
+
+    Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
+    A tie counts against the target.
+
+    Args:
+        ranker: its `score` gets the latest `max_length` items of each history, on the ranker's device.
+        heldout: histories and targets.
+        n_items: size of the catalogue.
+        keep_history: leave the items of the history among the candidates.
+        max_length: longest history that the ranker sees.
+        batch_users: users scored at once; by default at most 512, and fewer where there are many items.
+        train_items: `(n_items,)` bool mask, or indices, of the items seen in training. If given, targets that are not
+            among them (cold ones) are reported apart as well.
+
+    Returns:
+        "recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10" and "ndcg@20", means over users, and
+        "users", their number. With `train_items` also "cold/users" and, unless that is 0, "cold/recall@1" and so on.
+        A recall is the share of users whose target is among the first k; with one target, NDCG is `1 / log2(rank + 1)`
+        for rank <= k and 0 beyond.
+
+    Raises:
+        ValueError: there is no user, a target is no item, or the scores have the wrong shape or hold NaN.
+    """
+    if not len(heldout):
+        raise ValueError("heldout: has no user; leave-one-out needs users with three interactions or more")
+    if heldout.targets.min() < 0 or heldout.targets.max() >= n_items:
+        raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
+    batch_users = batch_users or max(1, min(512, 2**24 // n_items))
+    device = _device(ranker)
+    found = []
+    for start in range(0, len(heldout), batch_users):
+        histories = heldout.histories[start : start + batch_users]
+        targets = torch.from_numpy(heldout.targets[start : start + batch_users]).to(device)
+        scores = ranker.score(pack_histories(histories, max_length).to(device))
+        if scores.shape != (len(targets), n_items):
+            raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {n_items})")
+        if scores.isnan().any():
+            row = int(scores.isnan().any(1).int().argmax())
+            raise ValueError(f"ranker: scores of user {heldout.users[start + row]} hold NaN; has training diverged?")
+        excluded = None
+        if not keep_history:
+            excluded = torch.zeros(scores.shape, dtype=torch.bool, device=device)
+            rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
+            excluded[rows, torch.from_numpy(histories.items).to(device)] = True
+        found.append(ranks(scores, targets, excluded).cpu())
+    all_ranks = torch.cat(found).numpy()
+    metrics = _metrics(all_ranks)
+    if train_items is not None:
+        cold = ~_mask(train_items, n_items)[heldout.targets]
+        cold_metrics = _metrics(all_ranks[cold]) if cold.any() else {"users": 0}
+        metrics |= {f"cold/{name}": value for name, value in cold_metrics.items()}
+    return metrics
+
+
+def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Rank of each target, from 1: one more than the other candidates that score as high or higher.
+
+    Args:
+        scores: `(B, n_items)`, without NaN.
+        targets: `(B,)` int64.
+        excluded: `(B, n_items)` bool, items that are no candidates; a target always is one. None excludes nothing.
+
+    Returns `(B,)` int64.
+    """
+    ahead = scores >= scores.gather(1, targets[:, None])
+    if excluded is not None:
+        ahead &= ~excluded
+    ahead.scatter_(1, targets[:, None], True)  # the target itself is the one that makes ranks start at 1
+    return ahead.sum(1)
+
+
+def _metrics(ranks: np.ndarray) -> dict[str, float]:
+    gains = 1 / np.log2(ranks + 1)
+    return {
+        **{f"recall@{k}": float((ranks <= k).mean()) for k in RECALL_AT},
+        **{f"ndcg@{k}": float((gains * (ranks <= k)).mean()) for k in NDCG_AT},
+        "users": len(ranks),
+    }
+
+
+def _mask(items: np.ndarray | Collection[int], n_items: int) -> np.ndarray:
+    if isinstance(items, np.ndarray) and items.dtype == np.bool_:
+        if items.shape != (n_items,):
+            raise ValueError(f"train_items: got a mask of shape {items.shape}, expected ({n_items},)")
+        return items
+    mask = np.zeros(n_items, bool)
+    mask[np.fromiter(items, np.int64, len(items))] = True
+    return mask
+
+
+def _device(ranker: Ranker) -> torch.device:
+    """Where the ranker's weights are; the CPU for a ranker without."""
+    weights = chain(ranker.parameters(), ranker.buffers()) if isinstance(ranker, nn.Module) else iter(())
+    return next((weight.device for weight in weights), torch.device("cpu"))

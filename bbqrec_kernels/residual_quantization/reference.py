@@ -32,9 +32,8 @@ def nearest_codes(x: Tensor, codebooks: Tensor) -> Tensor:
 def quantize_to_codes(x: Tensor, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `residual_quantize`, and through autograd their gradients, for codes found before."""
     bad = codes[..., :1] < 0
-    rows = x.to(codebooks.dtype) * torch.where(bad, torch.nan, 1.0).to(
-        codebooks.dtype
-    )  # a bad row and its gradient are NaN
+    mark = torch.where(bad, torch.nan, 1.0).to(codebooks.dtype)
+    rows = x.to(codebooks.dtype) * mark  # a bad row and its gradient are NaN
     residual, quantized = rows, torch.zeros_like(rows)
     commitment, codebook = [], []
     for words, chosen in zip(codebooks, codes.clamp_min(0).unbind(-1), strict=True):

@@ -25,11 +25,24 @@ static_assert(kBlockRows % kRows == 0);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // While |r|² + |c|² stays below this, no partial sum of r·c overflows, and neither does the score.
-constexpr float kSafeNorm = std::numeric_limits<float>::max() / 4;
+constexpr double kSafeNorm = std::numeric_limits<float>::max() / 4;
 
 struct Shape {
   int64_t rows, levels, size, width;
 };
+
+// Sum of squares in double, where the square of a float is exact: right to the last bit of a float.
+BBQ_INLINE double squared_norm(const float* v, int64_t n) {
+  double sums[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) sums[j] += double(v[d + j]) * v[d + j];
+  }
+  for (int64_t j = 0; d + j < n; ++j) sums[j] += double(v[d + j]) * v[d + j];
+  double total = 0;
+  for (int64_t j = 0; j < kLanes; ++j) total += sums[j];
+  return total;
+}
 
 // Codebooks rearranged for the search: [level][panel][D][kLanes] codewords and [level][panel][kLanes] half squared
 // norms, infinite in lanes past the last codeword.
@@ -37,46 +50,28 @@ struct Panels {
   int64_t count;
   std::vector<float> words;
   std::vector<float> half_norms;
-  std::vector<float> largest_norms;  // of each level, squared
+  std::vector<double> largest_norms;  // of each level, squared
   bool finite = true;
 
   Panels(const float* codebooks, const Shape& s)
       : count(ceil_div(s.size, kLanes)),
         words(s.levels * count * s.width * kLanes),
         half_norms(s.levels * count * kLanes, kInfinity),
-        largest_norms(s.levels, 0.0f) {
+        largest_norms(s.levels, 0.0) {
     for (int64_t l = 0; l < s.levels; ++l) {
       for (int64_t k = 0; k < s.size; ++k) {
         const float* word = codebooks + (l * s.size + k) * s.width;
         const int64_t panel = l * count + k / kLanes;
         float* target = words.data() + panel * s.width * kLanes + k % kLanes;
-        double norm = 0;
-        for (int64_t d = 0; d < s.width; ++d) {
-          target[d * kLanes] = word[d];
-          norm += double(word[d]) * word[d];
-          finite = finite && std::isfinite(word[d]);
-        }
+        for (int64_t d = 0; d < s.width; ++d) target[d * kLanes] = word[d];
+        const double norm = squared_norm(word, s.width);
+        finite = finite && std::isfinite(norm);  // double holds the square of every float
         half_norms[panel * kLanes + k % kLanes] = static_cast<float>(0.5 * norm);
-        largest_norms[l] = std::max(largest_norms[l], static_cast<float>(norm));
+        largest_norms[l] = std::max(largest_norms[l], norm);
       }
     }
   }
 };
-
-// The same operations in the same order for every vector of n elements.
-BBQ_INLINE float squared_norm(const float* v, int64_t n) {
-  Lanes sums = {};
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) {
-    Lanes part;
-    __builtin_memcpy(&part, v + d, sizeof(part));
-    sums += part * part;
-  }
-  float total = 0;
-  for (; d < n; ++d) total += v[d] * v[d];
-  for (int64_t j = 0; j < kLanes; ++j) total += sums[j];
-  return total;
-}
 
 // For kRows residuals, the codeword with the least |c|²/2 - r·c at one level (the distance, halved, less |r|²/2).
 BBQ_INLINE void search_tile(const float* residual, int64_t width, const float* words, const float* half_norms,
@@ -131,7 +126,7 @@ int64_t search_by_distance(const float* residual, const float* words, const Shap
 // Quantizes one block of rows in place: `residual` holds the rows, then what is left of them.
 BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* codes, bool* bad, double* losses,
                                     int64_t rows, const float* codebooks, const Panels& panels, const Shape& s) {
-  float norms[kBlockRows];  // |r|² of the level
+  double norms[kBlockRows];  // |r|² of the level
   for (int64_t i = 0; i < rows; ++i) {
     norms[i] = squared_norm(residual + i * s.width, s.width);
     bad[i] = !panels.finite;
@@ -156,7 +151,7 @@ BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* 
         q[d] += word[d];
       }
       norms[i] = squared_norm(r, s.width);
-      bad[i] = bad[i] || !std::isfinite(norms[i]);
+      bad[i] = bad[i] || !std::isfinite(static_cast<float>(norms[i]));
       codes[i * s.levels + l] = found[i];
       losses[l] += norms[i];
     }

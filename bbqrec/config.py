@@ -79,7 +79,7 @@ class Config(Section):
     @classmethod
     def load(cls, path: str | Path) -> Config:
         """Reads a YAML file. Raises `ValueError` naming the first wrong key or value."""
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = _read_yaml(Path(path).read_text(), str(path)) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path}: got {type(values).__name__}, expected a mapping of options")
         return cls.parse(values)
@@ -99,7 +99,7 @@ class Config(Section):
         """A copy with `section.key=value` strings, or a mapping of dotted keys, applied; values are read as YAML."""
         if not isinstance(assignments, Mapping):
             pairs = (_split_assignment(a) for a in assignments)
-            assignments = {key: yaml.safe_load(value) for key, value in pairs}
+            assignments = {key: _read_yaml(value, f"config key {key!r}") for key, value in pairs}
         values = self.model_dump()
         for key, value in assignments.items():
             *sections, leaf = key.split(".")
@@ -133,6 +133,16 @@ def flat_options(config: Config) -> dict[str, Any]:
             value = value[part]
         flat[name] = value
     return flat
+
+
+def _read_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(
+            f"{source}: not YAML{f' (line {mark.line + 1})' if mark else ''}; check quotes and brackets"
+        ) from None
 
 
 def _split_assignment(text: str) -> tuple[str, str]:

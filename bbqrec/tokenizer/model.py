@@ -92,6 +92,9 @@ class Tokenizer(nn.Module):
         for name in self.modalities:
             mask = self.present(name)[items]
             rows = items[mask]
+            if len(rows) == 0:  # nothing to average over
+                aligned[name] = self.codebooks.new_zeros(len(items), config.dim), mask
+                continue
             x = self.features(name)[rows]
             z = self.encoders[name](x)
             quantized = self._quantize(z, name, losses)
@@ -128,6 +131,8 @@ class Tokenizer(nn.Module):
         total = self.codebooks.new_zeros(())
         for name, estimator in self.mutual_information.items():
             x = self.features(name)[items[self.present(name)[items]]]
+            if len(x) == 0:
+                continue
             with torch.no_grad():
                 z, u = self.encoders[name](x), self.specific[name](x)
             total = total - estimator.log_likelihood(z, u).mean()

@@ -1,0 +1,152 @@
+"""The command line: what it prints, for people and for programs, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bbqrec import BBQRec
+from bbqrec.cli.main import app
+from bbqrec.config import flat_options
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    heavy = {"torch", "polars", "lightning", "pydantic"}
+    code = f"import sys, bbqrec.cli.main; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "demo", "doctor"])
+def test_every_command_explains_itself(command):
+    assert "Usage:" in succeed(command, "--help")
+
+
+def test_fit_evaluate_recommend(tiny_data, tiny_config, tmp_path):
+    (tmp_path / "options.yaml").write_text(
+        "training: {learning_rate: 0.01, batch_tokens: 256, epochs: 9}\nmodel: {dim: 16, max_length: 12}\n"
+    )
+    options = ["--config", tmp_path / "options.yaml", "--set", "training.epochs=2", "--set", "model.layers=1"]
+    fit = ["fit", "--data", tiny_data.path, "--out", tmp_path / "run", "--model", "sasrec", *options]
+    metrics = json.loads(succeed(*fit, "--json"))
+    assert metrics["model"] == "sasrec"
+    text = succeed(*fit)  # finished: reports
+    assert f"{metrics['test']['ndcg@10']:.4f}" in text
+    assert "history removed" in text
+
+    evaluated = json.loads(succeed("evaluate", tmp_path / "run", "--json"))
+    assert evaluated["ndcg@10"] == metrics["test"]["ndcg@10"]
+    assert evaluated["candidates"] == "history removed"
+    validation = succeed(
+        "evaluate", tmp_path / "run", "--split", "validation", "--keep-history", "--data", tiny_data.path
+    )
+    assert "history kept" in validation
+
+
+def test_recommend_prints_what_the_model_says(bbqrec_run, tiny_data):
+    model = BBQRec.load(bbqrec_run.folder)
+    history = [tiny_data.item_ids[i] for i in (3, 1, 4)]
+    expected = model.recommend([history], 5)[0]
+    answer = json.loads(succeed("recommend", bbqrec_run.folder, *history, "-k", 5, "--json"))
+    assert answer["history"] == history
+    assert [row["item"] for row in answer["items"]] == [item for item, _ in expected]
+    assert [row["rank"] for row in answer["items"]] == [1, 2, 3, 4, 5]
+    assert answer["items"][0]["semantic_id"] == model.semantic_id(expected[0][0])
+    text = succeed("recommend", bbqrec_run.folder, *history, "-k", 5)
+    for item, score in expected:
+        [line] = [line for line in text.splitlines() if item in line]
+        assert model.title(item) in line
+        assert f"{score:.3f}" in line
+        assert model.semantic_id(item) in line
+
+
+def test_a_history_can_be_given_in_three_ways(bbqrec_run, tiny_data):
+    a, b, c = tiny_data.item_ids[:3]
+    run = bbqrec_run.folder
+    ways = [
+        (a, b, c),
+        ("--history", f"{a},{b}, {c}"),
+        ("--history", a, "--history", f"{b},{c}"),
+        (a, "--history", f"{b},{c}"),
+    ]
+    answers = [json.loads(succeed("recommend", run, *way, "--json")) for way in ways]
+    assert all(answer == answers[0] for answer in answers)
+    kept = json.loads(succeed("recommend", run, a, b, c, "-k", tiny_data.n_items, "--keep-history", "--json"))
+    assert {a, b, c} <= {row["item"] for row in kept["items"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recommend", "RUN"], "no item given"),
+        (["recommend", "RUN", "no-such-item"], "'no-such-item' is unknown; the nearest known ids are"),
+        (["recommend", "RUN", "ITEM", "-k", "1000"], "k: got 1000, expected 1 to 59"),
+        (["recommend", "nowhere", "ITEM"], "holds no config.yaml"),
+        (["evaluate", "RUN", "--split", "train"], "got 'train'"),
+        (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
+        (["fit", "--data", "nowhere", "--out", "OUT"], "nowhere"),
+        (["fit", "--data", "DATA", "--out", "OUT", "--model", "gru"], "'model_name': got 'gru'"),
+        (["fit", "--data", "DATA", "--out", "OUT", "--set", "model.drpout=1"], "did you mean 'model.dropout'"),
+        (["fit", "--data", "DATA", "--out", "OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--data", "DATA", "--out", "RUN", "--set", "training.seed=9"], "a run with other options"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, message, bbqrec_run, tiny_data, tmp_path):
+    known = {"RUN": bbqrec_run.folder, "ITEM": tiny_data.item_ids[0], "DATA": tiny_data.path, "OUT": tmp_path / "out"}
+    result = call(*(known.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert call("fit").exit_code == 2
+    assert call("fly").exit_code == 2
+
+
+def test_demo(tmp_path, monkeypatch, tiny_config):
+    from bbqrec.data.demo import make_demo_dataset
+
+    monkeypatch.setattr(
+        "bbqrec.data.demo.make_demo_dataset", lambda seed: make_demo_dataset(n_users=150, n_items=60, seed=seed)
+    )
+    tiny = {key: value for key, value in flat_options(tiny_config).items() if key != "training.seed"}
+    monkeypatch.setattr("bbqrec.cli.main.DEMO_OPTIONS", tiny)
+    answer = json.loads(succeed("demo", "--out", tmp_path / "demo", "--seed", "1", "--json"))
+    assert list(answer["test"]) == ["most popular", "SASRec", "BBQRec"]
+    assert len(answer["items"]) == 10
+    text = succeed("demo", "--out", tmp_path / "demo", "--seed", "1")  # finished: reports
+    for row in answer["test"].values():
+        assert f"{row['ndcg@10']:.4f}" in text
+    assert answer["items"][0]["semantic_id"] in text
+    refused = call("demo", "--out", tmp_path / "demo", "--seed", "2")
+    assert refused.exit_code == 1
+    assert "another seed" in refused.stderr
+
+
+def test_doctor(monkeypatch):
+    text = succeed("doctor")
+    assert "residual_quantize" in text
+    assert "Ready" in text
+    report = json.loads(succeed("doctor", "--json"))
+    assert report["ready"] is True
+    assert {"lightning", "polars", "typer"} <= set(report["models"])
+    monkeypatch.setattr("bbqrec.cli.main._version", lambda name: None if name == "polars" else "1")
+    broken = call("doctor")
+    assert broken.exit_code == 1
+    assert broken.stderr == "Error: polars missing: pip install 'bbqrec[models]'\n"
+    assert json.loads(call("doctor", "--json").stdout)["ready"] is False

@@ -1,0 +1,159 @@
+"""The sequence model: what a score may depend on, what each switch does, and that zero tables change nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from bbqrec.config import ModelConfig
+from bbqrec.data.batches import pack_histories
+from bbqrec.models.sequence_model import SequenceModel, attention_channels
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
+
+N_ITEMS = 30
+HISTORIES = [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [4, 6]]
+
+
+def semantic_ids(modalities=("text", "image")):
+    codes = torch.randint(0, 4, (N_ITEMS, len(modalities), 3), generator=torch.Generator().manual_seed(1))
+    codes[5, -1] = -1  # an item without the last modality
+    return SemanticIDs(tuple(modalities), codes, torch.randn(1, 3, 4, 8, generator=torch.Generator().manual_seed(2)))
+
+
+def model(ids="both", trained_tables=True, **options):
+    torch.manual_seed(0)
+    options = {"dim": 16, "layers": 2, "heads": 2, "max_length": 12, **options}
+    made = SequenceModel(N_ITEMS, ModelConfig(**options), semantic_ids() if ids == "both" else ids).eval()
+    if made.tables is not None and trained_tables:
+        torch.nn.init.normal_(made.tables)
+    return made
+
+
+def packed(*histories, max_length=12):
+    return pack_histories([np.array(history) for history in histories], max_length)
+
+
+@pytest.mark.parametrize("ids", ["both", None])
+def test_a_history_scores_the_same_alone_and_packed(ids):
+    ranker = model(ids)
+    together = ranker.score(packed(*HISTORIES))
+    for n, history in enumerate(HISTORIES):
+        torch.testing.assert_close(ranker.score(packed(history))[0], together[n], rtol=1e-5, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("ids", ["both", None])
+def test_hidden_states_see_no_later_item(ids):
+    ranker = model(ids)
+    before = ranker(packed([3, 1, 4, 1, 5, 9]))
+    after = ranker(packed([3, 1, 4, 1, 2, 9]))
+    torch.testing.assert_close(before[:4], after[:4], rtol=1e-5, atol=1e-6)
+    assert ((before[4:] - after[4:]).abs().amax(1) > 1e-3).all()
+
+
+def test_only_the_latest_items_count():
+    ranker = model()
+    long = [*range(10, 20), *HISTORIES[2]]
+    assert torch.equal(ranker.score(packed(long)), ranker.score(packed(HISTORIES[2])))
+
+
+def test_order_matters():
+    ranker = model()
+    assert not torch.allclose(ranker.score(packed([3, 1, 4])), ranker.score(packed([1, 3, 4])), atol=1e-3)
+
+
+def test_sasrec_has_no_content_and_no_terms():
+    ranker = model(None)
+    assert {name.split(".")[0] for name, _ in ranker.named_parameters()} == {"item_id", "transformer"}
+    assert ranker.tables is None
+    assert torch.equal(ranker.item_vectors(), ranker.item_id)
+
+
+def test_zero_tables_attached_to_a_trained_sasrec_change_no_score():
+    sasrec = model(None)
+    attached = model(content=False, trained_tables=False)
+    missing, unexpected = attached.load_state_dict(sasrec.state_dict(), strict=False)
+    assert set(missing) == {"tables", "codes", "codebooks"}
+    assert not unexpected
+    assert torch.equal(attached.score(packed(*HISTORIES)), sasrec.score(packed(*HISTORIES)))
+    torch.nn.init.normal_(attached.tables)
+    assert not torch.allclose(attached.score(packed(*HISTORIES)), sasrec.score(packed(*HISTORIES)), atol=1e-3)
+
+
+def test_loss_is_the_mean_cross_entropy_of_every_next_item(training_batch):
+    ranker = model()
+    expected, n = 0.0, 0
+    for history in HISTORIES:
+        for end in range(1, len(history)):
+            scores = ranker.score(packed(history[:end]))[0]
+            expected, n = expected - scores.log_softmax(0)[history[end]].item(), n + 1
+    batch = training_batch(*[history for history in HISTORIES if len(history) > 1])
+    assert ranker.loss(batch).item() == pytest.approx(expected / n, rel=1e-5)
+
+
+def test_everything_learns(training_batch):
+    ranker = model().train()
+    ranker.loss(training_batch(*HISTORIES[2:])).backward()
+    for name, parameter in ranker.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"item_id": False},
+        {"content": False},
+        {"reweighting": False},
+        {"cross_modal": False},
+        {"layers": 1},
+        {"heads": 4},
+        {"max_length": 5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_each_switch_changes_the_scores(options):
+    batch = packed(HISTORIES[2], max_length=options.get("max_length", 12))
+    assert not torch.allclose(model(**options).score(batch), model().score(packed(HISTORIES[2])), atol=1e-4)
+
+
+def test_dropout_is_for_training_only():
+    ranker, batch = model(dropout=0.5), packed(HISTORIES[0])
+    assert torch.equal(ranker.score(batch), ranker.score(batch))
+    ranker.train()
+    assert not torch.equal(ranker.score(batch), ranker.score(batch))
+
+
+def test_without_content_the_codebooks_stay_as_they_are(training_batch):
+    ranker = model(content=False)
+    ranker.loss(training_batch(*HISTORIES[2:])).backward()
+    assert ranker.codebooks.grad is None
+    assert ranker.tables.grad.abs().sum() > 0
+
+
+def test_item_vectors_are_content_and_id():
+    ranker, ids = model(), semantic_ids()
+    for item in (0, 5):
+        content = torch.zeros(8)
+        for m in range(2):
+            for level, code in enumerate(ids.codes[item, m].tolist()):
+                if code >= 0:
+                    content = content + ranker.codebooks[0, level, code]
+        expected = ranker.content.weight @ content + ranker.item_id[item]
+        torch.testing.assert_close(ranker.item_vectors()[item], expected)
+
+
+def test_attention_channels():
+    assert attention_channels(2, cross_modal=True) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert attention_channels(2, cross_modal=False) == [(0, 0), (1, 1)]
+    assert attention_channels(3, cross_modal=True) == [(0, 0), (1, 1), (2, 2)]  # nine do not fit the operator
+
+
+@pytest.mark.parametrize("ids", ["both", None])
+def test_items_without_a_vector_are_refused(ids):
+    with pytest.raises(ValueError, match=r"model\.item_id: got false without content"):
+        model(ids, item_id=False, content=False)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="got 16, expected a multiple of heads=3"):
+        model(heads=3)

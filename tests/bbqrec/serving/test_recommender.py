@@ -1,0 +1,94 @@
+"""Recommendations from a run folder alone."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from bbqrec import BBQRec
+from bbqrec.data.batches import pack_histories
+
+
+@pytest.fixture(scope="module")
+def model(bbqrec_run):
+    return BBQRec.load(bbqrec_run.folder)
+
+
+@pytest.fixture
+def histories(tiny_data):
+    return [[tiny_data.item_ids[i] for i in row] for row in ([3, 1, 4], [1], [5, 9, 2, 6])]
+
+
+def test_needs_nothing_but_the_folder(bbqrec_run, histories, model, tmp_path, monkeypatch):
+    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.setattr("bbqrec.data.dataset.Dataset.load", lambda path: pytest.fail("read the data set"))
+    assert BBQRec.load(copy).recommend(histories) == model.recommend(histories)
+
+
+def test_best_scores_of_the_model_without_the_history(bbqrec_run, tiny_data, histories, model):
+    scores = bbqrec_run.model.score(pack_histories([np.array([3, 1, 4])], 12))[0]
+    best = [i for i in scores.argsort(descending=True).tolist() if i not in (3, 1, 4)][:10]
+    [recommended, *_] = model.recommend(histories)
+    assert [item for item, _ in recommended] == [tiny_data.item_ids[i] for i in best]
+    assert [score for _, score in recommended] == pytest.approx(scores[best].tolist(), rel=1e-5)
+
+
+def test_history_items_are_left_out_unless_kept(histories, model, tiny_data):
+    n = tiny_data.n_items
+    for history, recommended in zip(histories, model.recommend(histories, n - 4), strict=True):
+        assert not {item for item, _ in recommended} & set(history)
+    [everything] = model.recommend(histories[:1], n, keep_history=True)
+    assert {item for item, _ in everything} == set(tiny_data.item_ids)
+
+
+def test_many_histories_are_served_in_batches(histories, model, monkeypatch):
+    together = model.recommend(histories, 5)
+    monkeypatch.setattr("bbqrec.serving.recommender.BATCH_HISTORIES", 2)
+    split = model.recommend(histories, 5)
+    assert [[item for item, _ in row] for row in split] == [[item for item, _ in row] for row in together]
+    assert model.recommend([]) == []
+
+
+def test_titles_and_semantic_ids(model, sasrec_run, tiny_data):
+    item = tiny_data.item_ids[7]
+    assert model.title(item) == tiny_data.title(7)
+    assert model.semantic_id(item).startswith("text ")
+    assert model.semantic_id(item).endswith(" · #7")
+    assert BBQRec.load(sasrec_run.folder).semantic_id(item) == "#7"
+
+
+@pytest.mark.parametrize("k", [0, -1, 58])
+def test_k_is_bounded_by_the_candidates(k, model, histories):
+    with pytest.raises(ValueError, match=rf"k: got {k}, expected 1 to 57 for history 0 \(60 items, 3 of them"):
+        model.recommend(histories, k)
+
+
+def test_unknown_item_names_the_nearest(model, tiny_data):
+    item = tiny_data.item_ids[7]
+    with pytest.raises(ValueError) as error:
+        model.recommend([[item, item + "x"]])
+    assert repr(item + "x") in str(error.value)
+    assert repr(item) in str(error.value).split("nearest")[1]
+
+
+def test_empty_history_is_named(model, histories):
+    with pytest.raises(ValueError, match="history 1 is empty"):
+        model.recommend([histories[0], []])
+
+
+@pytest.mark.parametrize("wrong", [["a", "b"], [[1, 2]], "ab"])
+def test_histories_must_be_lists_of_strings(wrong, model):
+    with pytest.raises(TypeError, match="expected a list of item ids"):
+        model.recommend(wrong)
+
+
+def test_no_run_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.yaml"):
+        BBQRec.load(tmp_path / "nowhere")
+
+
+def test_unfinished_run(bbqrec_run, tmp_path):
+    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "unfinished")
+    (copy / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="is unfinished"):
+        BBQRec.load(copy)

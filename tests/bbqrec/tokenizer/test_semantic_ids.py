@@ -1,0 +1,66 @@
+"""Semantic IDs: figures by hand, text, table, decoding."""
+
+import math
+
+import polars as pl
+import pytest
+import torch
+
+from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
+
+# Four items, two modalities, two levels, codebooks of four; item 3 lacks the second modality.
+CODES = torch.tensor([[[0, 1], [0, 2]], [[0, 1], [0, 2]], [[1, 1], [3, 0]], [[1, 1], [-1, -1]]])
+
+
+@pytest.fixture
+def semantic_ids():
+    return SemanticIDs(("text", "image"), CODES, torch.randn(1, 2, 4, 5))
+
+
+def test_usage_and_perplexity(semantic_ids):
+    usage = semantic_ids.usage()
+    assert usage["usage"] == [3 / 4, 3 / 4]
+    entropy = -(4 / 7 * math.log(4 / 7) + 2 / 7 * math.log(2 / 7) + 1 / 7 * math.log(1 / 7))
+    assert usage["perplexity"] == pytest.approx([math.exp(entropy), math.exp(entropy)])
+
+
+def test_collisions_and_agreement(semantic_ids):
+    assert semantic_ids.collision_rate() == 2 / 4
+    assert semantic_ids.agreement() == 2 / 3  # of the three items that have both
+
+
+def test_agreement_without_complete_items_is_undefined():
+    codes = torch.tensor([[[0], [-1]], [[-1], [0]]])
+    assert math.isnan(SemanticIDs(("text", "image"), codes, torch.zeros(1, 1, 4, 5)).agreement())
+
+
+def test_text(semantic_ids):
+    assert semantic_ids.text(2) == "text 1-1 · image 3-0 · #2"
+    assert semantic_ids.text(3) == "text 1-1 · #3"
+
+
+def test_table(semantic_ids, tmp_path):
+    semantic_ids.save_table(tmp_path / "ids.parquet", list("abcd"), ["A", "B", "C", "D"])
+    table = pl.read_parquet(tmp_path / "ids.parquet")
+    assert table.columns == ["item", "title", "text", "image"]
+    assert table.row(3) == ("d", "D", [1, 1], [-1, -1])
+
+
+def test_table_without_modalities(tmp_path):
+    SemanticIDs.none(2).save_table(tmp_path / "ids.parquet", ["a", "b"], ["A", "B"])
+    assert pl.read_parquet(tmp_path / "ids.parquet").rows() == [("a", "A"), ("b", "B")]
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_decode_sums_the_codewords(sources):
+    codebooks = torch.randn(sources, 2, 4, 5, requires_grad=True)
+    decoded = decode(CODES, codebooks)
+    for item in range(4):
+        expected = torch.zeros(5)
+        for m in range(2):
+            for level in range(2):
+                if CODES[item, m, level] >= 0:
+                    expected = expected + codebooks[min(m, sources - 1), level, CODES[item, m, level]]
+        torch.testing.assert_close(decoded[item], expected)
+    decoded.sum().backward()
+    assert codebooks.grad[0, 0, 0].tolist() == [4.0 if sources == 1 else 2.0] * 5

@@ -1,0 +1,242 @@
+"""`fit`: the run folder, resuming, refusing, silence."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+
+import polars as pl
+import pytest
+import torch
+
+from bbqrec import Config, Run, fit
+from bbqrec.evaluation.ranking import evaluate
+from bbqrec.training.modules import SequenceModule, TokenizerModule
+from bbqrec.training.plots import read_log
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, module, epoch, how):
+    """Stops training at the end of an epoch (counted from 0), before its checkpoint is written."""
+    ended = module.on_train_epoch_end
+
+    def hook(self):
+        if self.current_epoch > epoch:
+            how()
+        ended(self)
+
+    monkeypatch.setattr(module, "on_train_epoch_end", hook)
+
+
+def throw():
+    raise Stop
+
+
+def same_weights(a, b):
+    left, right = a.model.state_dict(), b.model.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_run_folder(bbqrec_run, tiny_data, tiny_config):
+    names = {path.name for path in bbqrec_run.folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "run.json",
+        "tokenizer.safetensors",
+        "semantic_ids.parquet",
+        "model.safetensors",
+        "metrics.json",
+        "curves.png",
+        "codebooks.png",
+        "logs",
+        "checkpoints",
+    }
+    run = Run(bbqrec_run.folder)
+    assert run.config == tiny_config
+    assert run.finished
+    assert run.facts["data"]["fingerprint"] == tiny_data.fingerprint()
+    assert run.facts["seconds"] > 0
+    table = pl.read_parquet(run.folder / "semantic_ids.parquet")
+    assert table["item"].to_list() == tiny_data.item_ids
+    assert table["text"].to_list() == run.model.codes[:, 0].tolist()
+    assert run.semantic_ids.modalities == tuple(tiny_data.features)
+    for name in ("curves.png", "codebooks.png"):
+        assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_sasrec_has_no_tokenizer(sasrec_run):
+    assert not (sasrec_run.folder / "tokenizer.safetensors").exists()
+    assert not (sasrec_run.folder / "codebooks.png").exists()
+    assert "tokenizer" not in sasrec_run.metrics
+    assert sasrec_run.semantic_ids is None
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_metrics_are_those_of_the_saved_model(bbqrec_run, split):
+    assert Run(bbqrec_run.folder).evaluate(split) == bbqrec_run.metrics[split]
+    assert bbqrec_run.metrics["most_popular"][split] != bbqrec_run.metrics[split]
+
+
+def test_the_best_epoch_is_kept(bbqrec_run):
+    log = read_log(bbqrec_run.folder / "logs" / "sequence_model")
+    assert log["epoch"].to_list() == list(range(len(log)))
+    assert bbqrec_run.metrics["validation"]["ndcg@10"] == pytest.approx(log["validation/ndcg@10"].max(), rel=1e-6)
+
+
+def test_tokenizer_figures(bbqrec_run):
+    figures = bbqrec_run.metrics["tokenizer"]
+    assert len(figures["usage"]) == len(figures["perplexity"]) == 3
+    assert min(figures["usage"]) > 0
+    assert max(figures["usage"]) <= 1
+    assert figures["collision_rate"] == bbqrec_run.semantic_ids.collision_rate()
+
+
+def test_training_lowers_every_loss_it_minimizes(bbqrec_run):
+    for stage in ("tokenizer", "sequence_model"):
+        loss = read_log(bbqrec_run.folder / "logs" / stage)["train/loss"]
+        assert loss[-1] < loss[0], stage
+
+
+@pytest.mark.parametrize(("module", "epoch"), [(TokenizerModule, 1), (SequenceModule, 0), (SequenceModule, 2)])
+def test_an_interrupted_run_ends_where_an_undisturbed_one_ends(
+    module, epoch, bbqrec_run, tiny_data, tiny_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, module, epoch, throw)
+        with pytest.raises(Stop):
+            fit(tiny_data, tmp_path / "run", config=tiny_config, progress=False)
+    assert not Run(tmp_path / "run").finished
+    torch.manual_seed(12345)  # another process has another state
+    resumed = fit(tiny_data, tmp_path / "run", config=tiny_config, progress=False)
+    assert resumed.metrics == bbqrec_run.metrics
+    assert same_weights(resumed, bbqrec_run)
+    stage = "tokenizer" if module is TokenizerModule else "sequence_model"
+    ours, theirs = (read_log(run.folder / "logs" / stage) for run in (resumed, bbqrec_run))
+    assert ours["train/loss"].to_list() == theirs["train/loss"].to_list()
+
+
+def test_resuming_after_the_last_epoch_trains_no_more(bbqrec_run, tiny_data, tiny_config, tmp_path):
+    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "run")
+    for name in ("metrics.json", "model.safetensors"):
+        (copy / name).unlink()
+    resumed = fit(tiny_data, copy, config=tiny_config, progress=False)
+    assert resumed.metrics == bbqrec_run.metrics
+    assert same_weights(resumed, bbqrec_run)
+
+
+def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"training.epochs": 40, "training.patience": 1, "training.learning_rate": 0.1})
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)
+    epochs = len(read_log(run.folder / "logs" / "sequence_model"))
+    assert epochs < 40
+    metrics = run.metrics
+    (run.folder / "metrics.json").unlink()
+    resumed = fit(tiny_data, run.folder, model="sasrec", config=config, progress=False)
+    assert resumed.metrics == metrics
+    assert len(read_log(run.folder / "logs" / "sequence_model")) == epochs
+
+
+def test_ctrl_c_raises_and_can_be_pressed_again(tiny_data, tiny_config, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    stop_after(monkeypatch, SequenceModule, 0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_finished_run_is_returned_as_it_is(bbqrec_run, tiny_data, tiny_config, monkeypatch):
+    monkeypatch.setattr("bbqrec.training.fit.train", lambda *_, **__: pytest.fail("trained again"))
+    assert fit(tiny_data, bbqrec_run.folder, config=tiny_config).metrics == bbqrec_run.metrics
+
+
+def test_seeds_differ_and_the_same_seed_repeats(sasrec_run, tiny_data, tiny_config, tmp_path):
+    again = fit(tiny_data, tmp_path / "a", model="sasrec", config=tiny_config, progress=False)
+    assert same_weights(again, sasrec_run)
+    other = fit(
+        tiny_data, tmp_path / "b", model="sasrec", config=tiny_config.override(["training.seed=1"]), progress=False
+    )
+    assert not same_weights(other, sasrec_run)
+
+
+def test_the_folder_of_another_data_set_is_refused(bbqrec_run, tiny_config):
+    from bbqrec.data.demo import make_demo_dataset
+
+    with pytest.raises(ValueError, match=r"holds a run of .*, which is not the data given"):
+        fit(make_demo_dataset(n_users=100, n_items=50, seed=3), bbqrec_run.folder, config=tiny_config)
+
+
+def test_other_options_are_refused_and_named(bbqrec_run, tiny_data, tiny_config):
+    with pytest.raises(ValueError, match=r"other options, model\.layers=2 \(now 1\), training\.seed=0 \(now 5\);"):
+        fit(tiny_data, bbqrec_run.folder, config=tiny_config.override(["training.seed=5", "model.layers=1"]))
+
+
+def test_a_folder_with_other_files_is_refused(tiny_data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty and no run folder"):
+        fit(tiny_data, tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        fit(tiny_data, tmp_path / "thesis.tex")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_unknown_modality_is_named(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"modalities: got 'sound', expected feature sets of .*: text, image"):
+        fit(tiny_data, tmp_path / "run", config=Config().override({"tokenizer.modalities": ["sound"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_modality_alone(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"tokenizer.modalities": ["image"], "training.epochs": 1, "tokenizer.epochs": 1})
+    run = fit(tiny_data, tmp_path / "run", config=config, progress=False)
+    assert run.semantic_ids.modalities == ("image",)
+    assert run.metrics["tokenizer"]["agreement"] == 1
+
+
+def test_bbqrec_needs_features(tiny_data, tiny_config, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="has no features to make semantic IDs from; use model 'sasrec'"):
+        fit(replace(tiny_data, features={}), tmp_path / "run", config=tiny_config)
+
+
+def test_a_moved_data_set_can_be_given(sasrec_run, tiny_data, tmp_path):
+    copy = shutil.copytree(sasrec_run.folder, tmp_path / "run")
+    facts = json.loads((copy / "run.json").read_text())
+    facts["data"]["path"] = None
+    (copy / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"pass it: Run\(folder, data\)"):
+        Run(copy).evaluate()
+    assert Run(copy, tiny_data).evaluate() == sasrec_run.metrics["test"]
+
+
+def test_evaluate_knows_its_splits(sasrec_run):
+    with pytest.raises(ValueError, match="got 'train', expected 'validation' or 'test'"):
+        sasrec_run.evaluate("train")
+    kept = sasrec_run.evaluate(keep_history=True)
+    assert kept["ndcg@10"] < sasrec_run.metrics["test"]["ndcg@10"]
+    assert kept == evaluate(
+        sasrec_run.model, sasrec_run.split.test, sasrec_run.data.n_items, keep_history=True, max_length=12
+    )
+
+
+def test_a_normal_run_says_little(tiny_data, tiny_config, tmp_path, capfd, caplog, recwarn):
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    level = logging.getLogger("lightning.pytorch").level
+    fit(tiny_data, tmp_path / "loud", config=config)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert [line.split(":")[0] for line in said.err.splitlines()] == [
+        tiny_data.name,
+        "tokenizer",
+        "sequence model",
+        "test",
+    ]
+    fit(tiny_data, tmp_path / "silent", config=config, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.INFO]
+    assert not [str(warning.message) for warning in recwarn]
+    assert logging.getLogger("lightning.pytorch").level == level

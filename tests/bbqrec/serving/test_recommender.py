@@ -52,7 +52,7 @@ def test_many_histories_are_served_in_batches(histories, model, monkeypatch):
 def test_titles_and_semantic_ids(model, sasrec_run, tiny_data):
     item = tiny_data.item_ids[7]
     assert model.title(item) == tiny_data.title(7)
-    assert model.semantic_id(item).startswith("text ")
+    assert "text " in model.semantic_id(item)
     assert model.semantic_id(item).endswith(" · #7")
     assert BBQRec.load(sasrec_run.folder).semantic_id(item) == "#7"
 

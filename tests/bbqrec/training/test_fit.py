@@ -62,8 +62,9 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
     assert run.facts["seconds"] > 0
     table = pl.read_parquet(run.folder / "semantic_ids.parquet")
     assert table["item"].to_list() == tiny_data.item_ids
-    assert table["text"].to_list() == run.model.codes[:, 0].tolist()
     assert run.semantic_ids.modalities == tuple(tiny_data.features)
+    for m, name in enumerate(tiny_data.features):
+        assert table[name].to_list() == run.model.codes[:, m].tolist()
     for name in ("curves.png", "codebooks.png"):
         assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -184,7 +185,7 @@ def test_a_folder_with_other_files_is_refused(tiny_data, tmp_path):
 
 
 def test_unknown_modality_is_named(tiny_data, tmp_path):
-    with pytest.raises(ValueError, match=r"modalities: got 'sound', expected feature sets of .*: text, image"):
+    with pytest.raises(ValueError, match=r"modalities: got 'sound', expected feature sets of .*: image, text"):
         fit(tiny_data, tmp_path / "run", config=Config().override({"tokenizer.modalities": ["sound"]}))
     assert not (tmp_path / "run").exists()
 

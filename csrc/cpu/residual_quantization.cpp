@@ -158,6 +158,12 @@ BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* 
   }
 }
 
+void check_upstream(const char* name, const Tensor& grad, int64_t elements, ScalarType dtype) {
+  if (grad.numel() != elements || grad.scalar_type() != dtype) {
+    throw std::invalid_argument(std::string(name) + ": expected the shape and dtype of what it is the gradient of");
+  }
+}
+
 // Runs f(block, first, last) over fixed blocks of rows, on all cores.
 template <class F>
 void for_blocks(int64_t rows, int64_t block_rows, const F& f) {
@@ -166,8 +172,27 @@ void for_blocks(int64_t rows, int64_t block_rows, const F& f) {
   });
 }
 
-Shape shape_of(int64_t rows, const Tensor& codebooks) {
-  return {rows, codebooks.size(0), codebooks.size(1), codebooks.size(2)};
+// The sizes of a call. The public functions check arguments in full; this is what keeps addresses inside the tensors
+// when an operator is called directly. `vectors` (..., D) and `codes` (..., L) may be missing.
+Shape shape_of(const Tensor* vectors, const Tensor* codes, const Tensor& codebooks) {
+  if (codebooks.dim() != 3 || codebooks.scalar_type() != ScalarType::Float) {
+    throw std::invalid_argument("codebooks: expected 3 dimensions (levels, codebook_size, D) of float32");
+  }
+  Shape s{0, codebooks.size(0), codebooks.size(1), codebooks.size(2)};
+  if (s.levels * s.size * s.width == 0) {
+    throw std::invalid_argument("codebooks: expected at least one level, codeword and D");
+  }
+  if (codes && (codes->dim() == 0 || codes->size(-1) != s.levels || codes->scalar_type() != ScalarType::Long)) {
+    throw std::invalid_argument("codes: expected shape (..., levels) of int64");
+  }
+  if (vectors && (vectors->dim() == 0 || vectors->size(-1) != s.width)) {
+    throw std::invalid_argument("x: expected shape (..., D), D that of codebooks");
+  }
+  s.rows = vectors ? vectors->numel() / s.width : codes->numel() / s.levels;
+  if (vectors && codes && codes->numel() / s.levels != s.rows) {
+    throw std::invalid_argument("codes: expected one row for each row of x");
+  }
+  return s;
 }
 
 void check_codes(const int64_t* codes, int64_t n, int64_t size) {
@@ -184,7 +209,7 @@ void check_codes(const int64_t* codes, int64_t n, int64_t size) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(x.numel() / codebooks.size(2), codebooks);
+  const Shape s = shape_of(&x, nullptr, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks);
   std::vector<int64_t> code_sizes(x.sizes().begin(), x.sizes().end());
   code_sizes.back() = s.levels;
@@ -268,9 +293,10 @@ BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int6
   for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
 }
 
-std::vector<float> loss_scales(const std::optional<Tensor>& grad, const Shape& s) {
+std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& grad, const Shape& s) {
   std::vector<float> scales(s.levels, 0.0f);
   if (!grad.has_value()) return scales;
+  check_upstream(name, *grad, s.levels, ScalarType::Float);
   const Tensor dense = torch::stable::contiguous(*grad);
   const float* data = static_cast<const float*>(dense.const_data_ptr());
   for (int64_t l = 0; l < s.levels; ++l) scales[l] = static_cast<float>(2.0 * data[l] / (double(s.rows) * s.width));
@@ -283,13 +309,14 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
                                              std::optional<Tensor> grad_codebook_loss, bool need_x,
                                              bool need_codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(x.numel() / codebooks.size(2), codebooks);
+  const Shape s = shape_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
-  const std::vector<float> x_scales = loss_scales(grad_commitment_loss, s);
-  const std::vector<float> book_scales = loss_scales(grad_codebook_loss, s);
+  const std::vector<float> x_scales = loss_scales("grad_commitment_loss", grad_commitment_loss, s);
+  const std::vector<float> book_scales = loss_scales("grad_codebook_loss", grad_codebook_loss, s);
   const float* book_data = static_cast<const float*>(books.const_data_ptr());
   const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
   check_codes(code_data, s.rows * s.levels, s.size);
+  if (grad_quantized) check_upstream("grad_quantized", *grad_quantized, x.numel(), x.scalar_type());
   Tensor grad_x = need_x ? empty_like(x) : new_empty(x, {0});
   Tensor grad_books = need_codebooks ? empty_like(codebooks) : new_empty(codebooks, {0});
 
@@ -344,7 +371,7 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
 
 Tensor decode(Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(codes.numel() / codebooks.size(0), codebooks);
+  const Shape s = shape_of(nullptr, &codes, codebooks);
   const Tensor books = contiguous(codebooks), dense_codes = contiguous(codes);
   const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
   check_codes(code_data, s.rows * s.levels, s.size);
@@ -367,7 +394,8 @@ Tensor decode(Tensor codes, Tensor codebooks) {
 
 Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(codes.numel() / codebooks.size(0), codebooks);
+  const Shape s = shape_of(&grad, &codes, codebooks);
+  check_upstream("grad", grad, s.rows * s.width, ScalarType::Float);
   const Tensor dense = contiguous(grad), dense_codes = contiguous(codes);
   const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
   check_codes(code_data, s.rows * s.levels, s.size);
@@ -387,7 +415,7 @@ Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
 
 std::tuple<Tensor, Tensor> statistics(Tensor x, Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(x.numel() / codebooks.size(2), codebooks);
+  const Shape s = shape_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
   const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
   check_codes(code_data, s.rows * s.levels, s.size);

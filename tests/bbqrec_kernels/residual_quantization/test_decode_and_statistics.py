@@ -1,5 +1,6 @@
 """`residual_decode` and `residual_statistics` against loops, and what happens to codes out of range."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,14 +39,15 @@ def test_decode(impl: str, rows: int, width: int, levels: int, size: int, layout
 
     low = reference.residual_decode(codes, codebooks)
     low_grad = torch.autograd.grad(low, codebooks, up)[0]
-    expected, expected_grad = torch.zeros(rows, width).double(), torch.zeros(levels, size, width).double()
-    for i in range(rows):
-        for level in range(levels):
-            if (code := codes[i, level]) >= 0:
-                expected[i] += codebooks[level, code].detach()
-                expected_grad[level, code] += up[i]
-    assert_within_budget("decoded", decoded, low, expected)
-    assert_gradient("gradient of codebooks", grad, low_grad, expected_grad)
+    words, gradient = codebooks.detach().double().numpy(), up.double().numpy()
+    expected, expected_grad = np.zeros((rows, width)), np.zeros((levels, size, width))
+    for i, row_codes in enumerate(codes.tolist()):
+        for level, code in enumerate(row_codes):
+            if code >= 0:
+                expected[i] += words[level, code]
+                expected_grad[level, code] += gradient[i]
+    assert_within_budget("decoded", decoded, low, torch.from_numpy(expected))
+    assert_gradient("gradient of codebooks", grad, low_grad, torch.from_numpy(expected_grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,18 +60,18 @@ def test_statistics(impl: str, rows: int, width: int, levels: int, size: int, la
         counts, sums = residual_statistics(
             with_layout(x, layout), with_layout(codes, layout), with_layout(codebooks, layout), impl=impl
         )
-    expected_counts, expected = torch.zeros(levels, size), torch.zeros(levels, size, width).double()
-    for i in range(rows):
-        residual = x[i].double()
-        for level in range(levels):
-            if (code := codes[i, level]) >= 0:
+    words, residuals = codebooks.double().numpy(), x.double().numpy()
+    expected_counts, expected_sums = np.zeros((levels, size), dtype=np.float32), np.zeros((levels, size, width))
+    for residual, row_codes in zip(residuals, codes.tolist(), strict=True):
+        for level, code in enumerate(row_codes):
+            if code >= 0:
                 expected_counts[level, code] += 1
-                expected[level, code] += residual
-                residual = residual - codebooks[level, code]
+                expected_sums[level, code] += residual
+                residual = residual - words[level, code]
     assert counts.dtype == sums.dtype == torch.float32
-    assert torch.equal(counts, expected_counts)
+    assert torch.equal(counts, torch.from_numpy(expected_counts))
     low = reference.residual_statistics(x, codes, codebooks)[1]
-    assert_within_budget("sums", sums, low, expected)
+    assert_within_budget("sums", sums, low, torch.from_numpy(expected_sums))
 
 
 def test_decode_of_the_codes_is_the_quantized_row(impl: str) -> None:
@@ -116,18 +118,41 @@ def test_code_out_of_range(impl: str, code: int) -> None:
         residual_statistics(x, codes, codebooks, impl=impl)
 
 
-def test_code_out_of_range_in_a_backward_operator() -> None:
-    """Operators can be called without the public functions: even then nothing is read out of bounds."""
-    operators, codes = torch.ops.bbqrec_kernels, torch.full((4, 1), 9)
+def test_operator_called_directly_reads_nothing_out_of_bounds() -> None:
+    ops, codes = torch.ops.bbqrec_kernels, torch.zeros(4, 1, dtype=torch.int64)
     x, codebooks = torch.randn(4, 3), torch.randn(1, 2, 3)
     with pytest.raises(IndexError, match="codes: got 9"):
-        operators.residual_decode_backward(x, codes, codebooks)
+        ops.residual_decode_backward(x, codes + 9, codebooks)
     with pytest.raises(IndexError, match="codes: got 9"):
-        operators.residual_quantize_backward(x, codebooks, codes, x, None, None, True, False)
+        ops.residual_quantize_backward(x, codebooks, codes + 9, x, None, None, True, False)
+    for operator, arguments, message in [
+        (ops.residual_quantize, (x, codebooks.double()), "codebooks: expected 3 dimensions"),
+        (ops.residual_quantize, (x, codebooks[0]), "codebooks: expected 3 dimensions"),
+        (ops.residual_quantize, (x, codebooks[:, :0]), "codebooks: expected at least one level, codeword and D"),
+        (ops.residual_quantize, (x[:, 1:], codebooks), r"x: expected shape \(\.\.\., D\)"),
+        (ops.residual_decode, (codes.int(), codebooks), r"codes: expected shape \(\.\.\., levels\) of int64"),
+        (ops.residual_decode, (codes[:, :0], codebooks), r"codes: expected shape \(\.\.\., levels\) of int64"),
+        (ops.residual_statistics, (x, codes[1:], codebooks), "codes: expected one row for each row of x"),
+        (ops.residual_decode_backward, (x[1:], codes, codebooks), "codes: expected one row for each row of x"),
+        (ops.residual_decode_backward, (x.half(), codes, codebooks), "grad: expected the shape and dtype"),
+        (
+            ops.residual_quantize_backward,
+            (x, codebooks, codes, x[1:], None, None, True, False),
+            "grad_quantized: expected the shape and dtype of what it is the gradient of",
+        ),
+        (
+            ops.residual_quantize_backward,
+            (x, codebooks, codes, None, None, torch.ones(2), False, True),
+            "grad_codebook_loss: expected the shape and dtype of what it is the gradient of",
+        ),
+        (ops.residual_quantize, (x.double(), codebooks), "x: expected dtype float32, bfloat16 or float16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            operator(*arguments)
 
 
 def test_counts_do_not_stop_where_float32_stops_counting() -> None:
-    rows = 2**24 + 5
+    rows = 2**24 + 5  # float32 adds no 1 to 2^24
     x, codes = torch.zeros(rows, 1, dtype=torch.float16), torch.zeros(rows, 1, dtype=torch.int64)
     for impl in ("cpu", "reference"):
         counts, _ = residual_statistics(x, codes, torch.zeros(1, 1, 1), impl=impl)

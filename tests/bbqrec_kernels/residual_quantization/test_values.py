@@ -368,8 +368,24 @@ def test_overflow(impl: str, row: float, words: list[list[float]], codes: list[i
     assert torch.equal(result.codes[::2], alone.codes)
 
 
-def test_bad_rows_at_every_level_count_only_once(impl: str) -> None:
-    """A NaN in the middle of many rows: the count of bad rows, and the good ones around them."""
+EXTREMES = st.sampled_from([0.0, 1.0, -1.0, 1e-30, -1e10, 1e19, -1.8e19, 2e19, 3e19, 1e30, -3e38, INF, NAN])
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.lists(EXTREMES, min_size=2, max_size=2), words=st.lists(EXTREMES, min_size=6, max_size=6))
+def test_extreme_values(row: list[float], words: list[float]) -> None:
+    """Both implementations find the same rows bad, and the right codes for the others."""
+    x, codebooks = torch.tensor([row]), torch.tensor(words).reshape(1, 3, 2)
+    distances = (x[:, None].double() - codebooks[0].double()).square().sum(-1)
+    bad = bool(~codebooks.isfinite().all() | ~distances.min(-1).values.float().isfinite())
+    for impl in ("cpu", "reference"):
+        codes = residual_quantize(x, codebooks, impl=impl).codes
+        assert bool(codes == -1) == bad, impl
+        if not bad:
+            rq.assert_codes(codes, x, codebooks)
+
+
+def test_many_bad_rows(impl: str) -> None:
     x, codebooks = rq.random_inputs(500, width=16, size=32)
     bad = torch.arange(500) % 7 == 3
     x[bad, 3] = NAN

@@ -211,7 +211,7 @@ def _check_terms(
             if compared.shape[:dims] != expected:
                 raise ValueError(
                     f"terms: {term.kind} got {side} tensors of shape {tuple(compared.shape)}, expected "
-                    f"({', '.join(map(str, expected))}, M, ·) to go with {side} of the attention"
+                    f"({', '.join(map(str, expected))}, M, ·) to go with {side}"
                 )
     if (channels := sum(len(term.bias) for term in terms)) > MAX_CHANNELS:
         raise ValueError(f"terms: got {channels} channels together, expected at most {MAX_CHANNELS}")

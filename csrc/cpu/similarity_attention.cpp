@@ -21,7 +21,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 
 // ---- One query row against a run of key rows
-// -------------------------------------------------------------------------
 
 BBQ_INLINE float dot(const float* a, const float* b, int64_t n) {
   Lanes sums = {};
@@ -49,9 +48,20 @@ struct Rows {
   const float* operator[](int64_t i) const { return data + i * stride; }
 };
 
+// Adds Σ_j factors[j]·rows[j] to `target`, in partial sums of kBlock rows: rounding errors grow with the number of
+// partial sums, not of rows. `scratch` holds one.
+BBQ_INLINE void add_combination(float* target, const float* factors, Rows rows, int64_t count, int64_t width,
+                                float* scratch) {
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    std::fill(scratch, scratch + width, 0.0f);
+    for (int64_t j = begin; j < std::min(count, begin + kBlock); ++j) add_scaled(scratch, rows[j], factors[j], width);
+    add_scaled(target, scratch, 1.0f, width);
+  }
+}
+
 // `scores` comes with the sums of the tables. Writes the attended row and returns the logsumexp.
 BBQ_SIMD_CLONES float attend(const float* query, Rows keys, Rows values, int64_t count, int64_t width, float scale,
-                             float* scores, float* output) {
+                             float* scores, float* output, float* scratch) {
   float highest = -kInfinity;
   for (int64_t j = 0; j < count; ++j) {
     scores[j] += scale * dot(query, keys[j], width);
@@ -59,35 +69,41 @@ BBQ_SIMD_CLONES float attend(const float* query, Rows keys, Rows values, int64_t
   }
   std::fill(output, output + width, 0.0f);
   if (highest == -kInfinity) return highest;  // nothing to attend to
-  float total = 0;
+  double total = 0;
   for (int64_t j = 0; j < count; ++j) {
-    const float weight = std::exp(scores[j] - highest);
-    total += weight;
-    add_scaled(output, values[j], weight, width);
+    scores[j] = std::exp(scores[j] - highest);
+    total += scores[j];
   }
-  for (int64_t d = 0; d < width; ++d) output[d] /= total;
-  return highest + std::log(total);
+  add_combination(output, scores, values, count, width, scratch);
+  for (int64_t d = 0; d < width; ++d) output[d] /= static_cast<float>(total);
+  return static_cast<float>(highest + std::log(total));
 }
 
 // `weights` comes with the sums of the tables and leaves with the weights; `grad_scores` gets the gradient of scores.
-BBQ_SIMD_CLONES void attend_backward(const float* query, const float* grad, Rows keys, Rows values, int64_t count,
-                                     int64_t width, float scale, float logsumexp, float delta, float* weights,
+BBQ_SIMD_CLONES void attend_backward(const float* query, const float* grad, const float* output, Rows keys, Rows values,
+                                     int64_t count, int64_t width, float scale, float logsumexp, float* weights,
                                      float* grad_scores) {
+  const float delta = dot(grad, output, width);
   for (int64_t j = 0; j < count; ++j) {
     weights[j] = std::exp(weights[j] + scale * dot(query, keys[j], width) - logsumexp);
     grad_scores[j] = weights[j] * (dot(grad, values[j], width) - delta);
   }
 }
 
-// Σ_j factors[j]·rows[j], scaled.
-BBQ_SIMD_CLONES void combine(const float* factors, Rows rows, int64_t count, int64_t width, float scale,
-                             float* output) {
+// output = scale·Σ_j factors[j]·rows[j]
+BBQ_SIMD_CLONES void combine(const float* factors, Rows rows, int64_t count, int64_t width, float scale, float* output,
+                             float* scratch) {
   std::fill(output, output + width, 0.0f);
-  for (int64_t j = 0; j < count; ++j) add_scaled(output, rows[j], scale * factors[j], width);
+  add_combination(output, factors, rows, count, width, scratch);
+  for (int64_t d = 0; d < width; ++d) output[d] *= scale;
+}
+
+// targets[j] += factors[j]·row
+BBQ_SIMD_CLONES void add_outer(float* targets, const float* factors, const float* row, int64_t count, int64_t width) {
+  for (int64_t j = 0; j < count; ++j) add_scaled(targets + j * width, row, factors[j], width);
 }
 
 // ---- Terms
-// -----------------------------------------------------------------------------------------------------------
 
 struct Term {
   Kind kind;
@@ -165,7 +181,6 @@ std::vector<Term> read_terms(const TermArguments& arguments, const Tensor& biase
 }
 
 // ---- The problem: sequences in padded or packed tensors
-// --------------------------------------------------------------
 
 // One sequence: its lengths, and where its first token is.
 struct Sequence {
@@ -268,7 +283,6 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
 }
 
 // ---- Units of work
-// ---------------------------------------------------------------------------------------------------
 
 struct Unit {
   const Sequence* sequence;
@@ -370,7 +384,6 @@ class FloatRows {
 };
 
 // ---- Forward
-// ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 void forward_unit(const Problem& p, const Unit& unit, T* output, float* logsumexp) {
@@ -378,7 +391,7 @@ void forward_unit(const Problem& p, const Unit& unit, T* output, float* logsumex
   const int64_t keys = p.visible(s, unit.last - 1);
   const Buckets buckets(p, s, unit.first, unit.last, 0, keys);
   const T *query = Term::data<T>(p.query), *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
-  std::vector<float> scores(keys), q(p.width), attended(p.width);
+  std::vector<float> scores(keys), q(p.width), attended(p.width), scratch(p.width);
   FloatRows<T> key_rows, value_rows;
   for (int64_t h = 0; h < p.heads; ++h) {
     const Rows k = key_rows.get(key + p.key_row(s, h, 0), p.token_stride, keys, p.width);
@@ -387,7 +400,8 @@ void forward_unit(const Problem& p, const Unit& unit, T* output, float* logsumex
       const int64_t row = p.query_row(s, h, i), count = p.visible(s, i);
       buckets.sum_tables(h, i, count, scores.data());
       load_row(query + row, q.data(), p.width);
-      logsumexp[row / p.width] = attend(q.data(), k, v, count, p.width, p.scale, scores.data(), attended.data());
+      logsumexp[row / p.width] =
+          attend(q.data(), k, v, count, p.width, p.scale, scores.data(), attended.data(), scratch.data());
       store_row(attended.data(), output + row, p.width);
     }
   }
@@ -411,14 +425,40 @@ std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& query) {
 }
 
 // ---- Backward
-// --------------------------------------------------------------------------------------------------------
 
-// What a backward unit reads besides the problem. `deltas` are the rows' sums of grad·output.
+// What a backward unit reads besides the problem.
 template <class T>
 struct Upstream {
-  const T* grad;
+  const T *grad, *output;
   const float* logsumexp;
-  const float* deltas;
+};
+
+// One query row as float, and what the backward makes of it and a run of keys.
+class QueryRow {
+ public:
+  QueryRow(int64_t keys, int64_t width)
+      : weights(keys), grad_scores(keys), query(width), grad(width), scratch(width), output_(width), width_(width) {}
+
+  // False where the query attended to nothing.
+  template <class T>
+  bool compute(const Problem& p, const Upstream<T>& up, const Buckets& buckets, int64_t head, int64_t i, int64_t row,
+               Rows keys, Rows values, int64_t count) {
+    const float logsumexp = up.logsumexp[row / width_];
+    if (logsumexp == -kInfinity) return false;
+    load_row(Term::data<T>(p.query) + row, query.data(), width_);
+    load_row(up.grad + row, grad.data(), width_);
+    load_row(up.output + row, output_.data(), width_);
+    buckets.sum_tables(head, i, count, weights.data());
+    attend_backward(query.data(), grad.data(), output_.data(), keys, values, count, width_, p.scale, logsumexp,
+                    weights.data(), grad_scores.data());
+    return true;
+  }
+
+  std::vector<float> weights, grad_scores, query, grad, scratch;
+
+ private:
+  std::vector<float> output_;
+  int64_t width_;
 };
 
 // Gradients of a block of query rows, and its share of the table gradients; either pointer may be null.
@@ -427,24 +467,19 @@ void query_unit(const Problem& p, const Unit& unit, const Upstream<T>& up, T* gr
   const Sequence& s = *unit.sequence;
   const int64_t keys = p.visible(s, unit.last - 1);
   const Buckets buckets(p, s, unit.first, unit.last, 0, keys);
-  const T *query = Term::data<T>(p.query), *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
-  std::vector<float> weights(keys), grad_scores(keys), q(p.width), grad(p.width);
+  const T *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
+  QueryRow r(keys, p.width);
   FloatRows<T> key_rows, value_rows;
   for (int64_t h = 0; h < p.heads; ++h) {
     const Rows k = key_rows.get(key + p.key_row(s, h, 0), p.token_stride, keys, p.width);
     const Rows v = value_rows.get(value + p.key_row(s, h, 0), p.token_stride, keys, p.width);
     for (int64_t i = unit.first; i < unit.last; ++i) {
-      const int64_t row = p.query_row(s, h, i), count = p.visible(s, i), r = row / p.width;
-      if (up.logsumexp[r] == -kInfinity) continue;  // attended to nothing
-      buckets.sum_tables(h, i, count, weights.data());
-      load_row(query + row, q.data(), p.width);
-      load_row(up.grad + row, grad.data(), p.width);
-      attend_backward(q.data(), grad.data(), k, v, count, p.width, p.scale, up.logsumexp[r], up.deltas[r],
-                      weights.data(), grad_scores.data());
-      if (grad_tables != nullptr) buckets.add_to_tables(h, i, count, grad_scores.data(), grad_tables);
+      const int64_t row = p.query_row(s, h, i), count = p.visible(s, i);
+      if (!r.compute(p, up, buckets, h, i, row, k, v, count)) continue;
+      if (grad_tables != nullptr) buckets.add_to_tables(h, i, count, r.grad_scores.data(), grad_tables);
       if (grad_query != nullptr) {
-        combine(grad_scores.data(), k, count, p.width, p.scale, q.data());
-        store_row(q.data(), grad_query + row, p.width);
+        combine(r.grad_scores.data(), k, count, p.width, p.scale, r.query.data(), r.scratch.data());
+        store_row(r.query.data(), grad_query + row, p.width);
       }
     }
   }
@@ -454,55 +489,37 @@ void query_unit(const Problem& p, const Unit& unit, const Upstream<T>& up, T* gr
 template <class T>
 void key_unit(const Problem& p, const Unit& unit, const Upstream<T>& up, T* grad_key, T* grad_value) {
   const Sequence& s = *unit.sequence;
-  const int64_t keys = unit.last - unit.first;
+  const int64_t keys = unit.last - unit.first, size = keys * p.width;
   const int64_t first_row = p.is_causal ? std::clamp<int64_t>(unit.first - p.shift, 0, s.rows) : 0;
-  const T *query = Term::data<T>(p.query), *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
-  std::vector<float> weights(keys), grad_scores(keys), q(p.width), grad(p.width);
-  std::vector<float> key_sums(p.heads * keys * p.width, 0.0f), value_sums(key_sums);
+  const T *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
+  QueryRow r(keys, p.width);
+  std::vector<float> key_sums(p.heads * size, 0.0f), value_sums(key_sums), key_part(size), value_part(size);
   FloatRows<T> key_rows, value_rows;
-  for (int64_t begin = first_row; begin < s.rows; begin += kBlock) {  // buckets of a few rows at a time
+  for (int64_t begin = first_row; begin < s.rows; begin += kBlock) {
     const int64_t end = std::min(s.rows, begin + kBlock);
     const Buckets buckets(p, s, begin, end, unit.first, unit.last);
     for (int64_t h = 0; h < p.heads; ++h) {
       const Rows k = key_rows.get(key + p.key_row(s, h, unit.first), p.token_stride, keys, p.width);
       const Rows v = value_rows.get(value + p.key_row(s, h, unit.first), p.token_stride, keys, p.width);
+      std::fill(key_part.begin(), key_part.end(), 0.0f);
+      std::fill(value_part.begin(), value_part.end(), 0.0f);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = p.query_row(s, h, i), r = row / p.width;
         const int64_t count = std::min(p.visible(s, i), unit.last) - unit.first;
-        if (up.logsumexp[r] == -kInfinity) continue;
-        buckets.sum_tables(h, i, count, weights.data());
-        load_row(query + row, q.data(), p.width);
-        load_row(up.grad + row, grad.data(), p.width);
-        attend_backward(q.data(), grad.data(), k, v, count, p.width, p.scale, up.logsumexp[r], up.deltas[r],
-                        weights.data(), grad_scores.data());
-        for (int64_t j = 0; j < count; ++j) {
-          add_scaled(&key_sums[(h * keys + j) * p.width], q.data(), p.scale * grad_scores[j], p.width);
-          add_scaled(&value_sums[(h * keys + j) * p.width], grad.data(), weights[j], p.width);
-        }
+        if (!r.compute(p, up, buckets, h, i, p.query_row(s, h, i), k, v, count)) continue;
+        add_outer(key_part.data(), r.grad_scores.data(), r.query.data(), count, p.width);
+        add_outer(value_part.data(), r.weights.data(), r.grad.data(), count, p.width);
       }
+      add_scaled(&key_sums[h * size], key_part.data(), p.scale, size);
+      add_scaled(&value_sums[h * size], value_part.data(), 1.0f, size);
     }
   }
   for (int64_t h = 0; h < p.heads; ++h) {
     for (int64_t j = 0; j < keys; ++j) {
-      const int64_t row = p.key_row(s, h, unit.first + j), sum = (h * keys + j) * p.width;
+      const int64_t row = p.key_row(s, h, unit.first + j), sum = h * size + j * p.width;
       if (grad_key != nullptr) store_row(&key_sums[sum], grad_key + row, p.width);
       if (grad_value != nullptr) store_row(&value_sums[sum], grad_value + row, p.width);
     }
   }
-}
-
-template <class T>
-std::vector<float> sum_products(const T* a, const T* b, int64_t rows, int64_t width) {
-  std::vector<float> sums(rows);
-  torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    std::vector<float> left(width), right(width);
-    for (int64_t r = begin; r < end; ++r) {
-      load_row(a + r * width, left.data(), width);
-      load_row(b + r * width, right.data(), width);
-      sums[r] = dot(left.data(), right.data(), width);
-    }
-  });
-  return sums;
 }
 
 struct Needs {
@@ -524,9 +541,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
 
   dispatch_float(query.scalar_type(), "query", [&](auto type) {
     using T = decltype(type);
-    const T* g = Term::data<T>(dense_grad);
-    const std::vector<float> deltas = sum_products(g, Term::data<T>(dense_output), lse.numel(), p.width);
-    const Upstream<T> up{g, Term::data<float>(lse), deltas.data()};
+    const Upstream<T> up{Term::data<T>(dense_grad), Term::data<T>(dense_output), Term::data<float>(lse)};
     const auto pointer = [](const ContiguousOutput& out, bool needed) {
       return needed ? static_cast<T*>(out.buffer().mutable_data_ptr()) : nullptr;
     };
@@ -561,7 +576,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
 }
 
 // ---- Operators: arguments as in ops.py
-// -------------------------------------------------------------------------------
 
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;

@@ -1,0 +1,158 @@
+"""What PyTorch asks of operators: opcheck, compile, export, autocast, double backward."""
+
+import pytest
+import torch
+
+from bbqrec_kernels import gap, prefix, similarity_attention, similarity_attention_varlen
+from bbqrec_kernels.similarity_attention import api, ops
+from bbqrec_kernels.testing import with_layout
+from bbqrec_kernels.testing.similarity_attention import random_inputs, random_packed_inputs
+
+ALL_KINDS = ("prefix", "matches", "cosine", "gap")
+MASKS = {
+    "lengths": (torch.tensor([4, 2]), torch.tensor([5, 3]), False, 0.3),
+    "no lengths": (None, None, True, 0.3),
+}
+
+
+def arguments_of(inputs, layout: str, *masks: object) -> tuple:
+    tensors = {name: with_layout(tensor, layout) for name, tensor in inputs.tensors.items()}
+    terms = tuple(type(inputs)(**{**inputs.__dict__, "tensors": tensors}).terms())
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    return query, key, value, *api._flatten(terms, query), *masks
+
+
+def check_operators(forward, backward, arguments: tuple, layout: str) -> None:
+    torch.library.opcheck(forward, arguments)
+    plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    output, logsumexp = forward(*plain)
+    grad = with_layout(torch.randn(output.shape), layout)
+    # The backward has no derivative to register: that test would ask for one.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for needs in ((True, True, True, True), (False, True, False, True)):
+        torch.library.opcheck(backward, (grad, output, logsumexp, *plain, *needs), test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kinds", [(), ALL_KINDS], ids=["plain", "terms"])
+def test_opcheck_padded(kinds: tuple[str, ...], masks: str, layout: str) -> None:
+    inputs = random_inputs(rows=4, columns=5, kinds=kinds).require_grad()
+    arguments = arguments_of(inputs, layout, *MASKS[masks])
+    check_operators(ops.similarity_attention, ops.similarity_attention_backward, arguments, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("kinds", [(), ALL_KINDS], ids=["plain", "terms"])
+def test_opcheck_packed(kinds: tuple[str, ...], layout: str) -> None:
+    inputs = random_packed_inputs([3, 0, 5], kinds=kinds).require_grad()
+    arguments = arguments_of(inputs, layout, inputs.cu_seqlens, 5, True, 0.3)
+    check_operators(ops.similarity_attention_varlen, ops.similarity_attention_varlen_backward, arguments, layout)
+
+
+def packed_attention(query, key, value, table, gap_table, codes, positions, cu_seqlens) -> torch.Tensor:
+    terms = [prefix(codes, table, codebook_size=4), gap(positions, gap_table)]
+    return similarity_attention_varlen(query, key, value, terms, cu_seqlens=cu_seqlens, max_seqlen=9, is_causal=True)
+
+
+def packed_arguments() -> tuple[torch.Tensor, ...]:
+    inputs = random_packed_inputs([3, 9, 5], kinds=("prefix", "gap")).require_grad()
+    return (*inputs.tensors.values(), *(left for left, _ in inputs.compared), inputs.cu_seqlens)
+
+
+def test_compiles_whole_forward_and_backward() -> None:
+    arguments = packed_arguments()
+    leaves = [a for a in arguments if a.requires_grad]
+    results = []
+    for function in (packed_attention, torch.compile(packed_attention, fullgraph=True)):
+        output = function(*arguments)
+        results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output).cumsum(0))])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_reference_compiles_whole() -> None:
+    arguments = packed_arguments()
+
+    def attend(query, key, value, table, gap_table, codes, positions, cu_seqlens):
+        terms = [prefix(codes, table, codebook_size=4), gap(positions, gap_table)]
+        return similarity_attention_varlen(
+            query, key, value, terms, cu_seqlens=cu_seqlens, max_seqlen=9, is_causal=True, impl="reference"
+        )
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), attend(*arguments))
+
+
+def test_exports() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+            return packed_attention(*arguments)
+
+    arguments = tuple(a.detach() for a in packed_arguments())
+    program = torch.export.export(Attention(), arguments)
+    torch.testing.assert_close(program.module()(*arguments), packed_attention(*arguments))
+    assert "bbqrec_kernels.similarity_attention_varlen" in str(program.graph)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_casts_query_key_and_value_only(impl: str) -> None:
+    inputs = random_inputs(kinds=("prefix",)).require_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = inputs.attend(impl)
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert {t.grad.dtype for t in inputs.tensors.values()} == {torch.float32}
+    expected = inputs.to(torch.bfloat16).attend(impl)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_double_backward_says_that_there_is_none(packed: bool) -> None:
+    inputs = (random_packed_inputs([4], kinds=()) if packed else random_inputs(kinds=())).require_grad()
+    query = inputs.tensors["query"]
+    (gradient,) = torch.autograd.grad(inputs.attend("cpu").sum(), query, create_graph=True)
+    with pytest.raises(ValueError, match="double backward was asked for, only first derivatives exist"):
+        gradient.sum().backward()
+
+
+def test_no_matrix_of_all_pairs_exists() -> None:
+    """Forward and backward at S = 3000 stay far below the 36 MB of one S×S float matrix."""
+    import resource
+
+    def run(rows: int) -> None:
+        inputs = random_inputs(batch=1, heads=1, rows=rows, width=8, kinds=("prefix",), is_causal=True).require_grad()
+        inputs.attend("cpu").sum().backward()
+
+    run(64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(3000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12_000  # KiB
+
+
+def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
+    """The operators check what the public functions guarantee: nothing is read out of bounds."""
+    inputs = random_inputs(rows=4, kinds=("prefix",))
+    arguments = list(arguments_of(inputs, "contiguous", None, None, False, 1.0))
+    for position, wrong in ((3, arguments[3][:-1]), (4, [arguments[4][0][:1]]), (9, [7])):
+        with pytest.raises(ValueError, match=r"terms|biases"):
+            ops.similarity_attention(*arguments[:position], wrong, *arguments[position + 1 :])
+    query = torch.zeros(4, 1, 2)
+    plain = (*api._flatten((), query),)
+    for starts in ([1, 4], [0, 3], [0, 5, 4], [0, 4]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            ops.similarity_attention_varlen(
+                query, query, query, *plain, torch.tensor(starts, dtype=torch.int32), 3, False, 1.0
+            )
+
+
+def test_named_implementations() -> None:
+    query = torch.randn(1, 1, 2, 4)
+    for impl in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"similarity_attention cannot run as '{impl}'"):
+            similarity_attention(query, query, query, impl=impl)
+    with pytest.raises(ValueError, match="cannot run as 'cpu': float64 runs in the reference only"):
+        similarity_attention(*[query.double()] * 3, impl="cpu")
+    with pytest.raises(ValueError, match="impl: got 'fast', expected one of 'auto', 'reference'"):
+        similarity_attention(query, query, query, impl="fast")
+    assert similarity_attention(*[query.double()] * 3).dtype == torch.float64

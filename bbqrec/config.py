@@ -34,13 +34,13 @@ class TokenizerConfig(Section):
     reconstruction_weight: float = Field(1.0, ge=0)
     quantization_weight: float = Field(1.0, ge=0)
     club_weight: float = Field(0.01, ge=0, description="upper bound on the information shared by both parts")
-    item_contrast_weight: float = Field(0.1, ge=0, description="InfoNCE between modalities and behaviour of an item")
-    sequence_contrast_weight: float = Field(0.1, ge=0, description="InfoNCE between a history and its next item")
+    item_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between modalities and behaviour of an item")
+    sequence_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between a history and its next item")
     temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
-    epochs: int = Field(30, ge=1)
-    batch_tokens: int = Field(2048, ge=2, description="interactions per step")
-    batch_items: int = Field(1024, ge=2, description="items per step, at least: others fill up the batch's own")
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(15, ge=1)
+    batch_tokens: int = Field(1024, ge=2, description="interactions per step")
+    batch_items: int = Field(512, ge=2, description="items per step, at least: others fill up the batch's own")
+    learning_rate: float = Field(3e-3, gt=0)
 
 
 class ModelConfig(Section):
@@ -63,8 +63,8 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0)
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10 before stopping")
-    batch_tokens: int = Field(2048, ge=2, description="interactions per step")
-    learning_rate: float = Field(1e-3, gt=0)
+    batch_tokens: int = Field(512, ge=1, description="interactions per step")
+    learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
 

@@ -46,13 +46,13 @@ class Tokenizer(nn.Module):
             self.register_buffer(f"features_{name}", values, persistent=False)
             self.register_buffer(f"present_{name}", present, persistent=False)
             width = values.shape[1]
-            self.encoders[name] = mlp(width, config.hidden, config.dim)
+            self.encoders[name] = encoder(width, config.hidden, config.dim)
             if config.disentangle:
-                self.specific[name] = mlp(width, config.hidden, config.dim)
+                self.specific[name] = encoder(width, config.hidden, config.dim)
                 if config.club_weight > 0:
                     self.mutual_information[name] = GaussianNetwork(config.dim, config.dim, config.hidden)
             self.decoders[name] = mlp((1 + config.disentangle) * config.dim, config.hidden, width)
-        self.behaviour = nn.Parameter(torch.randn(n_items, config.dim) * 0.1)
+        self.behaviour = nn.Embedding(n_items, config.dim)
         sources = 1 if config.shared_codebooks else len(self.modalities) + 1
         self.codebooks = nn.Parameter(torch.zeros(sources, config.levels, config.codebook_size, config.dim))
         self.history_encoder = CausalTransformer(config.dim, layers=1, heads=2, dropout=0.1, max_length=max_length)
@@ -68,11 +68,15 @@ class Tokenizer(nn.Module):
         index = 0 if len(self.codebooks) == 1 else (*self.modalities, BEHAVIOUR).index(name)
         return self.codebooks[index]
 
+    def behaviour_vectors(self) -> Tensor:
+        """`(n_items, d)`, on the scale of the encoders' outputs: they share codebooks."""
+        return F.layer_norm(self.behaviour.weight, (self.config.dim,))
+
     @torch.no_grad()
     def initialize_codebooks(self, generator: torch.Generator) -> None:
         """Residual k-means over the encoders' present outputs: all modalities together where codebooks are shared."""
         vectors = {m: self.encoders[m](self.features(m)[self.present(m)]) for m in self.modalities}
-        vectors[BEHAVIOUR] = self.behaviour.detach()
+        vectors[BEHAVIOUR] = self.behaviour_vectors()
         if len(self.codebooks) == 1:
             pools = [torch.cat(list(vectors.values()))]
         else:
@@ -103,12 +107,14 @@ class Tokenizer(nn.Module):
                 u = self.specific[name](x)
                 parts.append(u)
                 if name in self.mutual_information:
-                    _add(losses, "club", config.club_weight, self.mutual_information[name].upper_bound(z, u))
+                    # Information is never negative: below zero, the estimator lags, and there is nothing to minimize.
+                    bound = self.mutual_information[name].upper_bound(z, u).clamp_min(0)
+                    _add(losses, "club", config.club_weight, bound)
             reconstruction = self.decoders[name](torch.cat(parts, -1))
             _add(losses, "reconstruction", config.reconstruction_weight, F.mse_loss(reconstruction, x))
             full = quantized.new_zeros(len(items), config.dim).index_put((mask.nonzero()[:, 0],), quantized)
             aligned[name] = full, mask
-        behaviour = self.behaviour[items]
+        behaviour = self.behaviour_vectors()[items]
         aligned[BEHAVIOUR] = self._quantize(behaviour, BEHAVIOUR, losses), torch.ones_like(items, dtype=torch.bool)
 
         if config.item_contrast_weight > 0:
@@ -163,6 +169,11 @@ def standardize(feature: Features) -> tuple[Tensor, Tensor]:
     scale = np.sqrt(np.square(centred[present]).mean())
     centred = np.where(present[:, None], centred / max(scale, 1e-12), 0)
     return torch.from_numpy(centred.astype(np.float32)), torch.from_numpy(present.copy())
+
+
+def encoder(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    """Ends in a layer norm: a free scale would run away, as CLUB rewards it and quantization chases it."""
+    return mlp(width_in, hidden, width_out).append(nn.LayerNorm(width_out, elementwise_affine=False))
 
 
 def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:

@@ -77,7 +77,7 @@ class TokenizerModule(EpochSeeded):
 
     def _items_of_step(self, batch: PackedBatch) -> Tensor:
         """The items of the batch, filled up with random others, so that content nobody bought is learned too."""
-        n_items = len(self.tokenizer.behaviour)
+        n_items = self.tokenizer.behaviour.num_embeddings
         own = torch.cat([batch.items, batch.targets]).unique()
         missing = max(0, min(self.config.batch_items, n_items) - len(own))
         others = torch.randperm(n_items, device=own.device)

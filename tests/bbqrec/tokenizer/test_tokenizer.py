@@ -67,7 +67,7 @@ def test_reconstruction_and_quantization_are_their_formulas(batch):
             guess = model.decoders[name](torch.cat([added, model.specific[name](x)], 1))
             reconstruction += (guess - x).square().mean().item()
             quantization += 1.25 * sum(rests).item()
-        quantization += 1.25 * sum(quantize(model.behaviour[ITEMS], model.codebook("behaviour"))[1]).item()
+        quantization += 1.25 * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook("behaviour"))[1]).item()
     assert losses["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-4)
     assert losses["quantization"].item() == pytest.approx(quantization, rel=1e-4)
 
@@ -77,7 +77,7 @@ def test_contrasts_and_club_are_their_formulas(batch):
     losses = model.losses(ITEMS, batch)
     options = model.config
     with torch.no_grad():
-        behaviour = model.behaviour[ITEMS]
+        behaviour = model.behaviour_vectors()[ITEMS]
         z = {name: model.encoders[name](model.features(name)[ITEMS]) for name in ("text", "image")}
         text, image = (quantize(z[name], model.codebook(name))[0] for name in ("text", "image"))
         pairs = [(text, image), (text, behaviour), (image, behaviour)]
@@ -89,7 +89,9 @@ def test_contrasts_and_club_are_their_formulas(batch):
         scores = F.normalize(history, dim=1) @ F.normalize(content, dim=1).T / options.temperature
         sequence = F.cross_entropy(scores, torch.tensor([row[i] for i in batch.targets.tolist()]))
         club = sum(
-            model.mutual_information[name].upper_bound(z[name], model.specific[name](model.features(name)[ITEMS]))
+            model.mutual_information[name]
+            .upper_bound(z[name], model.specific[name](model.features(name)[ITEMS]))
+            .relu()
             for name in z
         )
     assert losses["item_contrast"].item() == pytest.approx(options.item_contrast_weight * item.item(), rel=1e-4)

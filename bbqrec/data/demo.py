@@ -90,7 +90,7 @@ def _make_catalogue(n_items: int, rng: np.random.Generator) -> _Catalogue:
 
 
 def _make_histories(n_users: int, catalogue: _Catalogue, rng: np.random.Generator) -> Histories:
-    """Walks: the next item is as likely as its popularity x habit after the last object x the user's taste in styles."""
+    """Walks: the next item is as likely as popularity x habit after the last object x taste of the user in styles."""
     n_items, n_objects, n_styles = len(catalogue.titles), sum(map(len, ROOMS.values())), len(STYLES)
     popularity = rng.permutation(np.arange(1, n_items + 1) ** -0.7)
     habit = np.full((n_objects, n_objects), 0.01)
@@ -101,7 +101,7 @@ def _make_histories(n_users: int, catalogue: _Catalogue, rng: np.random.Generato
     taste[np.arange(n_users), first] = 0.7
     taste[np.arange(n_users), second] = 0.25
 
-    lengths = 5 + rng.binomial(15, rng.beta(1.2, 2.0, n_users))
+    lengths = 5 + rng.binomial(15, rng.beta(1.2, 4.0, n_users))
     liked = (popularity * taste[:, catalogue.styles]).astype(np.float32)  # (n_users, n_items)
     taken = np.full((n_users, lengths.max()), -1)
     for step in range(lengths.max()):
@@ -109,8 +109,9 @@ def _make_histories(n_users: int, catalogue: _Catalogue, rng: np.random.Generato
         weights = liked[users]
         if step:
             weights *= habit[catalogue.objects[taken[users, step - 1]]][:, catalogue.objects]
-        # the largest of weight / exponential draws the items in proportion to their weights
-        taken[users, step] = (weights / rng.standard_exponential(weights.shape, np.float32)).argmax(1)
+        # the largest of weight / exponential draws items in proportion to their weights
+        draws = np.maximum(rng.standard_exponential(weights.shape, np.float32), 1e-30)
+        taken[users, step] = (weights / draws).argmax(1)
         liked[users, taken[users, step]] = 0  # no item twice
     offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
     return Histories(taken[taken >= 0].astype(np.int64), offsets)

@@ -20,7 +20,7 @@ def with_text_features(data: Dataset) -> Dataset:
 
 
 def tfidf_svd(texts: list[str], width: int = WIDTH) -> Features | None:
-    """Words and pairs of words, weighted by TF-IDF and reduced by SVD; rows have length 1.
+    """Words weighted by TF-IDF, reduced by SVD; rows have length 1.
 
     Args:
         texts: one an item; items without any word in use lack the modality.
@@ -28,15 +28,15 @@ def tfidf_svd(texts: list[str], width: int = WIDTH) -> Features | None:
 
     Returns None if the texts have no words at all.
     """
-    from sklearn.decomposition import TruncatedSVD  # slow to import
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
     from sklearn.preprocessing import normalize
+    from sklearn.utils.extmath import randomized_svd
 
     if not any(any(character.isalnum() for character in text) for text in texts):
         return None
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"\w+", dtype=np.float32)
+    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", dtype=np.float32)
     weights = words.fit_transform(texts)  # (n_items, n_words), sparse
     present = np.diff(weights.indptr) > 0
-    width = min(width, *weights.shape)
-    values = normalize(TruncatedSVD(width, random_state=0).fit_transform(weights))
+    left, singular_values, _ = randomized_svd(weights, min(width, *weights.shape), random_state=0)
+    values = normalize(left * singular_values)
     return Features(np.where(present[:, None], values, 0).astype(np.float32), present, derived=True)

@@ -131,18 +131,29 @@ def _timestamps(table: pl.DataFrame, path: Path) -> np.ndarray | None:
     column = table["timestamp"]
     if column.dtype.is_temporal():
         parsed = column.cast(pl.Datetime("us")).dt.epoch("s")
-    else:
+    elif column.dtype == pl.String:
+        parsed = _parse_timestamps(column)
+    elif column.dtype.is_numeric():
         parsed = column.cast(pl.Int64, strict=False)
-        if column.dtype == pl.String and parsed.has_nulls():  # written with decimals, or as a date
-            seconds = column.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False)
-            dates = column.str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
-            parsed = pl.select(pl.coalesce(parsed, seconds, dates)).to_series()
+    else:
+        raise TypeError(f"{path}: column 'timestamp' is of {column.dtype}, expected numbers or dates")
     if parsed.has_nulls():
         row = parsed.is_null().arg_max()
         raise ValueError(
             f"{path}: row {row + 1} (counted from 1) has timestamp {column[row]!r}, expected a number or a date"
         )
-    return parsed.cast(pl.Int64).to_numpy().copy()
+    return parsed.to_numpy().copy()
+
+
+def _parse_timestamps(column: pl.Series) -> pl.Series:
+    """Whole numbers, decimals or dates, whichever fits more of the column; null where it does not."""
+    whole = column.cast(pl.Int64, strict=False)
+    decimals = column.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False)
+    try:
+        dates = column.str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
+    except pl.exceptions.ComputeError:  # nothing looks like a date
+        return min(whole, decimals, key=pl.Series.null_count)
+    return min(whole, decimals, dates, key=pl.Series.null_count)
 
 
 def _read_features(path: Path, item_ids: list[str]) -> Features:

@@ -1,0 +1,38 @@
+"""A tiny data set with everything in it: times, an item without interaction, an item without image, texts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bbqrec.data import Dataset, Features, Histories
+
+
+@pytest.fixture
+def tiny() -> Dataset:
+    return Dataset(
+        name="tiny",
+        item_ids=["mug", "bowl", "lamp", "bench"],
+        user_ids=["ann", "bo", "cy"],
+        histories=Histories(
+            items=np.array([0, 2, 0, 1, 2, 1, 0, 2]),
+            offsets=np.array([0, 4, 5, 8]),
+            timestamps=np.array([5, 6, 6, 9, 1, 2, 3, 4]),
+        ),
+        features={
+            "text": Features(np.arange(12, dtype=np.float32).reshape(4, 3), np.ones(4, bool)),
+            "image": Features.of_items(np.ones((2, 2), np.float32), np.array([3, 0]), 4),
+        },
+        texts={"title": ["Blue mug", "", "Läslampa", "Bench, 2 m"], "details": ["clay", "a\nb", "", "oak"]},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files of the native format, as a person would write them."""
+    (tmp_path / "features").mkdir()
+    (tmp_path / "interactions.csv").write_text("user,item,timestamp\nu,a,3\nu,b,1\nv,c,2\nu,c,2\n")
+    (tmp_path / "items.csv").write_text("item,title\na,Apple\nb,\nc,Cherry\n")
+    np.save(tmp_path / "features" / "image.npy", np.array([[1.0, 2.0], [3.0, 4.0]]))
+    (tmp_path / "features" / "image.items.txt").write_text("c\na\n")
+    return tmp_path

@@ -1,0 +1,139 @@
+"""The native format: what is read, the round trip, and every fault in the files."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from bbqrec.data import Dataset
+
+
+def test_reads_files_as_people_write_them(folder):
+    data = Dataset.load(folder)
+    assert (data.name, data.path) == (folder.name, folder)
+    assert (data.user_ids, data.item_ids) == (["u", "v"], ["a", "b", "c"])
+    assert [h.tolist() for h in data.histories] == [[1, 2, 0], [2]]
+    assert data.histories.timestamps.tolist() == [1, 2, 3, 2]
+    assert [data.title(i) for i in range(3)] == ["Apple", "b", "Cherry"]
+    assert data.features["image"].values.tolist() == [[3, 4], [0, 0], [1, 2]]
+    assert data.features["image"].present.tolist() == [True, False, True]
+
+
+def test_without_items_and_times(folder):
+    (folder / "items.csv").unlink()
+    (folder / "interactions.csv").write_text("item,user,rating\nb,u,1\n007,v,2\na,u,3\n")
+    data = Dataset.load(folder)
+    assert data.item_ids == ["b", "007", "a"]  # no number: the zeros stay
+    assert [h.tolist() for h in data.histories] == [[0, 2], [1]]
+    assert data.histories.timestamps is None
+    assert data.features["image"].present.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["3", "-1"], [3, -1]),
+        (["3.9", "4"], [3, 4]),
+        (["1970-01-01", "1970-01-02"], [0, 86400]),
+        (["1970-01-01 00:00:05", "1970-01-01 00:01:00"], [5, 60]),
+        (["1970-01-01T00:00:05", "1970-01-01T00:01:00"], [5, 60]),
+    ],
+)
+def test_timestamps_in_csv(folder, written, expected):
+    lines = [f"u,a,{written[0]}", f"v,b,{written[1]}"]
+    (folder / "interactions.csv").write_text("\n".join(["user,item,timestamp", *lines]))
+    assert Dataset.load(folder).histories.timestamps.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [pl.Int32, pl.Float64, pl.Datetime("ms"), pl.Datetime("ns", "UTC"), pl.Date])
+def test_timestamps_in_parquet(folder, dtype):
+    day = 1 if dtype == pl.Date else 86400
+    seconds = pl.Series([day, 2 * day])
+    scale = {"ms": 10**3, "ns": 10**9}.get(getattr(dtype, "time_unit", None), 1)
+    (folder / "interactions.csv").unlink()
+    table = {"user": [1, 2], "item": ["a", "b"], "timestamp": (seconds * scale).cast(dtype)}
+    pl.DataFrame(table).write_parquet(folder / "interactions.parquet")
+    data = Dataset.load(folder)
+    assert data.histories.timestamps.tolist() == [86400, 172800]
+    assert data.user_ids == ["1", "2"]
+
+
+def test_round_trip(tmp_path, tiny):
+    tiny.save(tmp_path / "saved")
+    loaded = Dataset.load(tmp_path / "saved")
+    assert loaded.fingerprint() == tiny.fingerprint()
+    assert loaded.item_ids == tiny.item_ids
+    assert loaded.texts == tiny.texts
+    assert loaded.histories.timestamps.tolist() == tiny.histories.timestamps.tolist()
+    with pytest.raises(ValueError, match="saved is not empty"):
+        tiny.save(tmp_path / "saved")
+
+
+def test_round_trip_derives_text_features_again(tmp_path, folder):
+    data = Dataset.load(folder)
+    assert data.features["text"].derived
+    assert data.features["text"].present.tolist() == [True, False, True]
+    data.save(tmp_path / "saved")
+    loaded = Dataset.load(tmp_path / "saved")
+    assert loaded.fingerprint() == data.fingerprint()
+    np.testing.assert_array_equal(loaded.features["text"].values, data.features["text"].values)
+
+
+def test_timestamps_of_another_kind(folder):
+    (folder / "interactions.csv").unlink()
+    pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [[1]]}).write_parquet(folder / "interactions.parquet")
+    with pytest.raises(TypeError, match=r"interactions\.parquet: column 'timestamp' is of List"):
+        Dataset.load(folder)
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def save(array):
+    return lambda folder: np.save(folder / "features" / "image.npy", array)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (write("interactions.csv", ""), r"interactions\.csv: cannot be read"),
+        (write("interactions.csv", "user,item\n"), r"interactions\.csv: has no rows"),
+        (
+            write("interactions.csv", "user,thing\nu,a\n"),
+            r"interactions\.csv: got columns user, thing, expected a .*'item'",
+        ),
+        (write("interactions.csv", "user,item\nu,a\n,b\n"), r"interactions\.csv: column 'user' is empty in row 2"),
+        (
+            write("interactions.csv", "user,item\nu,a\nu,z\n"),
+            r"interactions\.csv: row 2 .* has item 'z', which items\.csv",
+        ),
+        (write("interactions.csv", "user,item,timestamp\nu,a,1\nu,b,noon\n"), r"csv: row 2 .* has timestamp 'noon'"),
+        (
+            write("interactions.csv", "user,item,timestamp\nu,a,1970-01-01\nu,a,1970-01-02\nu,b,7\n"),
+            r"csv: row 3 .* has timestamp '7'",
+        ),
+        (write("interactions.csv", "user,item,timestamp\nu,a,1\nu,b,\n"), r"csv: row 2 .* has timestamp None"),
+        (write("interactions.parquet", "no parquet"), r"interactions\.parquet: cannot be read"),
+        (write("items.csv", "item\na\nb\nc\nb\n"), r"items\.csv: 'b' appears twice, in rows 2 and 4"),
+        (write("items.csv", ""), r"items\.csv: cannot be read"),
+        (
+            write("features/image.items.txt", "c\n"),
+            r"image\.npy: got 2 rows, expected 1 \(one for each line of image\.it",
+        ),
+        (write("features/image.items.txt", "c\nc\n"), r"image\.items\.txt: 'c' appears twice, in rows 1 and 2"),
+        (write("features/image.items.txt", "x\ny\n"), r"image\.items\.txt: names no item of this data set"),
+        (lambda folder: (folder / "features/image.items.txt").unlink(), r"image\.npy: image\.items\.txt is missing"),
+        (save(np.array([[1, 2], [3, np.nan]])), r"image\.npy: row 2 .* NaN"),
+        (save(np.ones(2)), r"image\.npy: got float64 of shape \(2,\)"),
+        (save(np.ones((2, 0))), r"image\.npy: got float64 of shape \(2, 0\)"),
+        (save(np.array([["a"], ["b"]])), r"image\.npy: got <U1"),
+        (save(np.array([[None], [None]])), r"image\.npy: is no NumPy array of numbers"),
+        (write("features/image.npy", ""), r"image\.npy: is no NumPy array of numbers"),
+        (write("features/image.npy", "no array"), r"image\.npy: is no NumPy array of numbers"),
+    ],
+)
+def test_faults_name_the_file_and_the_row(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        Dataset.load(folder)
+    assert "\n" not in str(raised.value)

@@ -62,14 +62,14 @@ def test_budget_refuses_a_yardstick_that_lets_everything_pass() -> None:
 def test_gradient_gates_find_a_small_missing_term_that_a_loose_budget_hides(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     oracle, term = torch.randn(2, 4096, dtype=torch.float64)
-    testing.assert_gradient("grad", oracle.to(dtype), oracle + 1, oracle)
+    testing.assert_gradient("grad", oracle.to(dtype), oracle + 0.5, oracle)
     l2 = testing.budgets.GRADIENT_GATES[dtype].relative_l2
     with pytest.raises(AssertionError, match="grad: relative L2"):
-        testing.assert_gradient("grad", (oracle + 2 * l2 * term).to(dtype), oracle + 1, oracle)
+        testing.assert_gradient("grad", (oracle + 2 * l2 * term).to(dtype), oracle + 0.5, oracle)
     direction_only = testing.budgets.GradientGate(relative_l2=1.0, cosine=testing.budgets.GRADIENT_GATES[dtype].cosine)
-    testing.assert_gradient("grad", (oracle * 0.9).to(dtype), oracle + 1, oracle, gate=direction_only)
+    testing.assert_gradient("grad", (oracle * 0.9).to(dtype), oracle + 0.5, oracle, gate=direction_only)
     with pytest.raises(AssertionError, match="grad: 1 - cosine"):
-        testing.assert_gradient("grad", (oracle + 2 * l2 * term).to(dtype), oracle + 1, oracle, gate=direction_only)
+        testing.assert_gradient("grad", (oracle + 2 * l2 * term).to(dtype), oracle + 0.5, oracle, gate=direction_only)
     with pytest.raises(AssertionError, match="allowed 3 times"):
         testing.assert_gradient("grad", oracle.to(dtype) + 1, oracle, oracle)
 

@@ -353,6 +353,7 @@ def test_codeword_that_is_not_finite_makes_all_rows_bad(impl: str, value: float,
         (-3e19, [[3e19, -3e19, -3e19]], [1]),
         (2e19, [[1.0, 2.0]], None),  # the score stays finite, the distance does not
         (1e19, [[-0.8e19], [-0.5e19]], None),  # bad at the second level only
+        (2e19, [[0.0], [1.9e19]], None),  # bad at the first level, though the second makes it small again
         (1e19, [[-0.8e19], [0.5e19]], [0, 0]),
         (3e38, [[3e38, 0.0], [0.0, 1.0]], [0, 0]),
     ],

@@ -126,7 +126,7 @@ def demo(
     from bbqrec.data.demo import make_demo_dataset
 
     generated = make_demo_dataset(seed=seed)
-    folder = out / "data"
+    folder = out / "demo-shop"  # its name is the name of the data
     if not folder.exists():
         generated.save(folder)
     data = Dataset.load(folder)

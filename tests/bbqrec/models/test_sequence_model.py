@@ -157,3 +157,13 @@ def test_items_without_a_vector_are_refused(ids):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="got 16, expected a multiple of heads=3"):
         model(heads=3)
+
+
+def test_channels_compare_the_modality_of_the_query_with_that_of_the_key():
+    batch = packed(*HISTORIES)
+    codes = semantic_ids().codes[batch.items]
+    ranker = model()
+    for layer, [term] in enumerate(ranker._terms(batch)):
+        assert torch.equal(term.query, codes[:, [0, 0, 1, 1]])
+        assert torch.equal(term.key, codes[:, [0, 1, 0, 1]])
+        assert torch.equal(term.bias, ranker.tables[layer])

@@ -1,0 +1,42 @@
+"""What Lightning trains: items of a step, optimizers, order of the epochs."""
+
+import pytest
+import torch
+
+from bbqrec import fit
+from bbqrec.data.batches import TrainingBatches
+from bbqrec.tokenizer import Tokenizer
+from bbqrec.training.modules import TokenizerModule
+
+
+@pytest.fixture
+def module(tiny_data, tiny_config):
+    tokenizer = Tokenizer(tiny_data.features, tiny_data.n_items, tiny_config.tokenizer, max_length=12)
+    return TokenizerModule(tokenizer, tiny_config, TrainingBatches(tiny_data.histories, 12, 256, seed=0))
+
+
+def test_items_of_a_step_are_the_batchs_and_random_others(module, training_batch, tiny_data):
+    batch = training_batch([3, 9, 3, 5], [40, 2])
+    items = module._items_of_step(batch)
+    assert {2, 3, 5, 9, 40} <= set(items.tolist())
+    assert len(items) == len(items.unique()) == 32
+    assert torch.equal(items, items.sort().values)
+    assert not torch.equal(items, module._items_of_step(batch))
+    module.config = module.config.model_copy(update={"batch_items": 10_000})
+    assert module._items_of_step(batch).tolist() == list(range(tiny_data.n_items))
+
+
+def test_every_parameter_has_one_optimizer(module):
+    others, estimators = ({id(p) for g in o.param_groups for p in g["params"]} for o in module.configure_optimizers())
+    assert estimators == {id(p) for p in module.tokenizer.mutual_information.parameters()}
+    assert not others & estimators
+    assert others | estimators == {id(p) for p in module.tokenizer.parameters()}
+
+
+def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeypatch):
+    epochs = []
+    iterate = TrainingBatches.__iter__
+    monkeypatch.setattr(TrainingBatches, "__iter__", lambda self: (epochs.append(self.epoch), iterate(self))[1])
+    fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+    assert sorted(set(epochs)) == list(range(max(epochs) + 1))
+    assert len(epochs) > 2

@@ -15,7 +15,7 @@ import numpy as np
 
 from bbqrec.data.dataset import Dataset, Features, Histories
 
-ROOMS = {
+ROOMS = {  # objects
     "kitchen": ("mug", "teapot", "bowl", "tray"),
     "reading": ("bookend", "desk lamp", "notebook", "pen stand"),
     "garden": ("planter", "watering can", "garden stool", "lantern"),
@@ -23,7 +23,7 @@ ROOMS = {
     "hall": ("coat hook", "umbrella stand", "bench", "doormat"),
     "kids": ("toy box", "night light", "picture frame", "step stool"),
 }
-STYLES = {
+STYLES = {  # adjectives, materials
     "rustic": (("rustic", "weathered", "farmhouse", "handmade"), ("oak", "jute", "clay", "wicker")),
     "modern": (("modern", "slim", "minimal", "geometric"), ("steel", "glass", "concrete", "acrylic")),
     "playful": (("colourful", "striped", "dotted", "cheerful"), ("felt", "rubber", "cork", "enamel")),

@@ -9,7 +9,7 @@
     features/<modality>.items.txt    the item of each row, one a line. Items without a row lack the modality; rows of
                                      items that are not in the catalogue are left out.
 
-Other columns are not read.
+Other columns are not read. In CSV every column of the items counts as text.
 """
 
 from __future__ import annotations

@@ -22,10 +22,16 @@ def test_without_items_and_times(folder):
     (folder / "items.csv").unlink()
     (folder / "interactions.csv").write_text("item,user,rating\nb,u,1\n007,v,2\na,u,3\n")
     data = Dataset.load(folder)
-    assert data.item_ids == ["b", "007", "a"]  # no number: the zeros stay
+    assert data.item_ids == ["b", "007", "a"]
     assert [h.tolist() for h in data.histories] == [[0, 2], [1]]
     assert data.histories.timestamps is None
     assert data.features["image"].present.tolist() == [False, False, True]
+
+
+def test_numbers_as_ids_stay_as_they_are_written(tmp_path):
+    (tmp_path / "interactions.csv").write_text("user,item\n01,7\n1,007\n")
+    data = Dataset.load(tmp_path)
+    assert (data.user_ids, data.item_ids) == (["01", "1"], ["7", "007"])
 
 
 @pytest.mark.parametrize(

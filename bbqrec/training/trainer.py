@@ -52,9 +52,8 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
     callbacks: list[Callback] = [TQDMProgressBar(leave=True)] if bars else []
     if stage.patience is not None:
         callbacks.append(_Patience(VALIDATION_METRIC, mode="max", patience=stage.patience))
-        callbacks.append(_latest_and(stage, "best", monitor=VALIDATION_METRIC, mode="max"))
-    else:
-        callbacks.append(_latest_and(stage, "last"))
+        callbacks.append(_keep(stage, "best", monitor=VALIDATION_METRIC, mode="max"))
+    callbacks.append(_keep(stage, "last"))  # `save_last` would keep it only of the epochs that are best
     csv = CSVLogger(stage.folder / "logs", name=stage.name)  # every start writes a new version
     tensorboard = TensorBoardLogger(stage.folder / "logs", name=stage.name, version=f"version_{csv.version}")
     with _silent_lightning():
@@ -82,11 +81,9 @@ class _Patience(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
-def _latest_and(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
-    """Keeps `<name>.ckpt`, which is the best epoch's where a metric is monitored, and `last.ckpt`."""
-    return ModelCheckpoint(
-        stage.checkpoints, filename=name, save_last=bool(monitor), enable_version_counter=False, **monitor
-    )
+def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
+    """Keeps the checkpoint `<name>.ckpt` of the best epoch where a metric is monitored, otherwise of the latest."""
+    return ModelCheckpoint(stage.checkpoints, filename=name, enable_version_counter=False, **monitor)
 
 
 def _fit_interruptibly(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path | None) -> None:

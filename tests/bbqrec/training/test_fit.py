@@ -82,10 +82,13 @@ def test_metrics_are_those_of_the_saved_model(bbqrec_run, split):
     assert bbqrec_run.metrics["most_popular"][split] != bbqrec_run.metrics[split]
 
 
-def test_the_best_epoch_is_kept(bbqrec_run):
+def test_the_best_and_the_latest_epoch_are_kept(bbqrec_run):
     log = read_log(bbqrec_run.folder / "logs" / "sequence_model")
     assert log["epoch"].to_list() == list(range(len(log)))
     assert bbqrec_run.metrics["validation"]["ndcg@10"] == pytest.approx(log["validation/ndcg@10"].max(), rel=1e-6)
+    checkpoints = bbqrec_run.folder / "checkpoints" / "sequence_model"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] == log["epoch"][-1]
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == log["validation/ndcg@10"].arg_max()
 
 
 def test_tokenizer_figures(bbqrec_run):
@@ -142,11 +145,14 @@ def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):
 
 
 def test_ctrl_c_raises_and_can_be_pressed_again(tiny_data, tiny_config, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     stop_after(monkeypatch, SequenceModule, 0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
-    assert signal.getsignal(signal.SIGINT) is handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_is_returned_as_it_is(bbqrec_run, tiny_data, tiny_config, monkeypatch):

@@ -38,5 +38,5 @@ def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeyp
     iterate = TrainingBatches.__iter__
     monkeypatch.setattr(TrainingBatches, "__iter__", lambda self: (epochs.append(self.epoch), iterate(self))[1])
     fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
-    assert sorted(set(epochs)) == list(range(max(epochs) + 1))
-    assert len(epochs) > 2
+    assert epochs[-1] > 0
+    assert sorted(set(epochs)) == list(range(epochs[-1] + 1))

@@ -16,10 +16,14 @@ def demo():
     return make_demo_dataset()
 
 
-def nearest(features: np.ndarray) -> np.ndarray:
+def similarities(features: np.ndarray) -> np.ndarray:
     centred = features - features.mean(0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    similarity = unit @ unit.T
+    return unit @ unit.T
+
+
+def nearest(features: np.ndarray) -> np.ndarray:
+    similarity = similarities(features)
     np.fill_diagonal(similarity, -1)
     return similarity.argmax(1)
 
@@ -49,6 +53,12 @@ def test_text_shows_the_object_and_image_shows_the_style(demo):
     present = demo.features["image"].present
     assert (objects[text] == objects).mean() > 0.9
     assert (styles[image] == styles)[present].mean() > 0.9
+    adjectives = np.array([title.split()[0] for title in demo.texts["title"]])
+    materials = np.array([title.split()[1] for title in demo.texts["title"]])
+    alike = similarities(demo.features["image"].values[present])
+    same_style = (styles[:, None] == styles)[np.ix_(present, present)]
+    other_words = ((adjectives[:, None] != adjectives) & (materials[:, None] != materials))[np.ix_(present, present)]
+    assert alike[same_style & other_words].mean() > alike[~same_style].mean() + 0.3
 
 
 def test_the_next_item_follows_from_the_last(demo):

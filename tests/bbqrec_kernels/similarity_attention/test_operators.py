@@ -5,7 +5,7 @@ import torch
 
 from bbqrec_kernels import gap, prefix, similarity_attention, similarity_attention_varlen
 from bbqrec_kernels.similarity_attention import api, ops
-from bbqrec_kernels.testing import with_layout
+from bbqrec_kernels.testing import poisoned_outputs, with_layout
 from bbqrec_kernels.testing.similarity_attention import random_inputs, random_packed_inputs
 
 ALL_KINDS = ("prefix", "matches", "cosine", "gap")
@@ -144,6 +144,16 @@ def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
             ops.similarity_attention_varlen(
                 query, query, query, *plain, torch.tensor(starts, dtype=torch.int32), 3, False, 1.0
             )
+
+
+def test_rows_that_attend_to_nothing_have_a_logsumexp_of_minus_infinity() -> None:
+    inputs = random_inputs(batch=2, rows=4, kinds=())
+    masks = (torch.tensor([4, 1]), torch.tensor([0, 4]), False, 1.0)
+    with poisoned_outputs():
+        _, logsumexp = ops.similarity_attention(*arguments_of(inputs, "contiguous", *masks))
+    nothing = torch.tensor([[True] * 4, [False, True, True, True]])[:, None].expand(2, 2, 4)
+    assert torch.equal(logsumexp == -torch.inf, nothing)
+    assert logsumexp[~nothing].isfinite().all()
 
 
 def test_named_implementations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from bbqrec.data.batches import pack_histories
+from bbqrec.data.dataset import unknown_item
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.run import Run
@@ -95,8 +95,7 @@ class BBQRec:
     def item_index(self, item: str) -> int:
         """Row of an item. Raises `ValueError` naming the nearest known ids where the item is unknown."""
         if item not in self._index:
-            nearest = difflib.get_close_matches(str(item), self.item_ids, n=3, cutoff=0.5) or self.item_ids[:3]
-            raise ValueError(f"item {item!r} is unknown; the nearest known ids are {', '.join(map(repr, nearest))}")
+            raise ValueError(unknown_item(item, self.item_ids))
         return self._index[item]
 
     def _indices(self, n: int, history: Sequence[str]) -> list[int]:

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,9 @@ namespace bbq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Calls f with a value of the C++ type of a floating dtype.
 template <class F>
@@ -56,6 +60,10 @@ BBQ_INLINE void load_row(const T* source, float* target, int64_t n) {
 template <class T>
 BBQ_INLINE void store_row(const float* source, T* target, int64_t n) {
   for (int64_t d = 0; d < n; ++d) target[d] = static_cast<T>(source[d]);
+}
+
+BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

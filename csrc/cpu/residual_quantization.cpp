@@ -22,8 +22,6 @@ constexpr int64_t kMaxChunks = 64;
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 static_assert(kBlockRows % kRows == 0);
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // While |r|² + |c|² stays below this, no partial sum of r·c overflows, and neither does the score.
 constexpr double kSafeNorm = std::numeric_limits<float>::max() / 4;
 
@@ -287,10 +285,6 @@ void sum_into_codebooks(float* total, const Shape& s, const F& add_rows) {
       for (int64_t e = begin; e < end; ++e) total[e] += partial[e];
     }
   });
-}
-
-BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
 }
 
 std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& grad, const Shape& s) {

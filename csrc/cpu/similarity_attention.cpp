@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kBlock = 32;      // rows of a unit
 constexpr int64_t kMaxChunks = 64;  // partial sums of table gradients
 constexpr int64_t kLanes = 8;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -35,10 +34,6 @@ BBQ_INLINE float dot(const float* a, const float* b, int64_t n) {
   for (; d < n; ++d) total += a[d] * b[d];
   for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
   return total;
-}
-
-BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
 }
 
 // Rows of float, `stride` apart.
@@ -181,6 +176,9 @@ std::vector<Term> read_terms(const TermArguments& arguments, const Tensor& biase
 }
 
 // ---- The problem: sequences in padded or packed tensors
+//
+// The public functions check arguments in full; the checks here keep addresses inside the tensors when an operator is
+// called directly.
 
 // One sequence: its lengths, and where its first token is.
 struct Sequence {
@@ -195,9 +193,16 @@ struct Problem {
         key(torch::stable::contiguous(k)),
         value(torch::stable::contiguous(v)),
         heads(q.size(1)),
-        width(q.size(q.dim() - 1)),
+        width(q.size(-1)),
         scale(static_cast<float>(scale_of_products)),
-        is_causal(causal) {}
+        is_causal(causal) {
+    const auto like = [](const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); };
+    const auto dims = [&q](const Tensor& t) { return t.dim() == q.dim() && t.size(1) == q.size(1); };
+    if (!like(q, k) || !like(q, v) || !dims(k) || k.size(-1) != width || !k.sizes().equals(v.sizes()) ||
+        (q.dim() == 4 ? k.size(0) != q.size(0) : !k.sizes().equals(q.sizes()))) {
+      throw std::invalid_argument("query, key, value: expected shapes and dtypes that fit together");
+    }
+  }
 
   Tensor query, key, value;
   int64_t heads, width;
@@ -231,6 +236,9 @@ struct Problem {
 std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64_t batch, int64_t size) {
   std::vector<int64_t> result(batch, size);
   if (lengths.has_value()) {
+    if (lengths->numel() != batch || lengths->scalar_type() != ScalarType::Long) {
+      throw std::invalid_argument("query_lengths, key_lengths: expected one int64 for each sequence");
+    }
     const Tensor dense = torch::stable::contiguous(*lengths);
     const int64_t* data = static_cast<const int64_t*>(dense.const_data_ptr());
     for (int64_t b = 0; b < batch; ++b) result[b] = std::clamp<int64_t>(data[b], 0, size);
@@ -266,7 +274,7 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
   const int32_t* data = static_cast<const int32_t*>(starts.const_data_ptr());
   const int64_t count = starts.numel() - 1;
-  bool valid = count >= 0 && data[0] == 0 && data[count] == tokens;
+  bool valid = count >= 0 && starts.scalar_type() == ScalarType::Int && data[0] == 0 && data[count] == tokens;
   for (int64_t b = 0; valid && b < count; ++b) {
     const int64_t start = data[b], length = data[b + 1] - start;
     valid = length >= 0 && length <= max_seqlen;
@@ -274,8 +282,8 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
   }
   if (!valid) {
     throw std::invalid_argument(
-        "cu_seqlens: expected values that start at 0, never decrease, end at the number of tokens, and are at most "
-        "max_seqlen apart");
+        "cu_seqlens: expected int32 values that start at 0, never decrease, end at the number of tokens, and are at "
+        "most max_seqlen apart");
   }
   p.query_tokens = p.key_tokens = tokens;
   p.set_terms(terms);
@@ -334,7 +342,7 @@ class Buckets {
     for_channels(head, row, [&](const Term& term, int64_t table, const uint8_t* buckets) {
       const float* values = term.tables + table;
       for (int64_t j = 0; j < count; ++j) {
-        sums[j] += buckets[j] == kNoBucket ? std::numeric_limits<float>::quiet_NaN() : values[buckets[j]];
+        sums[j] += buckets[j] == kNoBucket ? kNaN : values[buckets[j]];
       }
     });
   }
@@ -530,6 +538,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
                                                     const Tensor& logsumexp, const Tensor& query, const Tensor& key,
                                                     const Tensor& value, const Tensor& biases, const Needs& needs) {
   using namespace torch::stable;
+  const ScalarType dtype = query.scalar_type();
+  if (!grad.sizes().equals(query.sizes()) || !output.sizes().equals(query.sizes()) || grad.scalar_type() != dtype ||
+      output.scalar_type() != dtype || logsumexp.numel() * p.width != query.numel() ||
+      logsumexp.scalar_type() != ScalarType::Float) {
+    throw std::invalid_argument("grad, output, logsumexp: expected the shapes and dtypes that the forward gave");
+  }
   const Tensor dense_grad = contiguous(grad), dense_output = contiguous(output), lse = contiguous(logsumexp);
   const auto make = [](const Tensor& like, bool needed) {
     ContiguousOutput result(needed ? empty_like(like) : new_empty(like, {0}));

@@ -91,7 +91,7 @@ def test_a_history_can_be_given_in_three_ways(bbqrec_run, tiny_data):
     ("arguments", "message"),
     [
         (["recommend", "RUN"], "no item given"),
-        (["recommend", "RUN", "no-such-item"], "'no-such-item' is unknown; the nearest known ids are"),
+        (["recommend", "RUN", "no-such-item"], "'no-such-item' is not in the catalogue; the nearest known ids are"),
         (["recommend", "RUN", "ITEM", "-k", "1000"], "k: got 1000, expected 1 to 59"),
         (["recommend", "nowhere", "ITEM"], "holds no config.yaml"),
         (["evaluate", "RUN", "--split", "train"], "got 'train'"),

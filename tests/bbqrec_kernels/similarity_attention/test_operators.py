@@ -133,17 +133,40 @@ def test_no_matrix_of_all_pairs_exists() -> None:
 def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
     """The operators check what the public functions guarantee: nothing is read out of bounds."""
     inputs = random_inputs(rows=4, kinds=("prefix",))
-    arguments = list(arguments_of(inputs, "contiguous", None, None, False, 1.0))
-    for position, wrong in ((3, arguments[3][:-1]), (4, [arguments[4][0][:1]]), (9, [7])):
-        with pytest.raises(ValueError, match=r"terms|biases"):
-            ops.similarity_attention(*arguments[:position], wrong, *arguments[position + 1 :])
+    arguments = list(arguments_of(inputs, "contiguous", torch.tensor([4, 4]), None, False, 1.0))
+    key = arguments[1]
+    wrong = {
+        "key": (1, key[:, :1]),
+        "value": (2, key.half()),
+        "biases": (3, arguments[3][:-1]),
+        "terms": (4, [arguments[4][0][:1]]),
+        "buckets": (9, [7]),
+        "query_lengths": (10, torch.tensor([4])),
+        "dtype of query_lengths": (10, torch.tensor([4.0, 4.0])),
+    }
+    for position, value in wrong.values():
+        with pytest.raises(ValueError, match=r"expected|do not fit together"):
+            ops.similarity_attention(*arguments[:position], value, *arguments[position + 1 :])
+    output, logsumexp = ops.similarity_attention(*arguments)
+    for grad, result, sums in (
+        (output[:1], output, logsumexp),
+        (output, output.half(), logsumexp),
+        (output, output, logsumexp[..., :1]),
+    ):
+        with pytest.raises(ValueError, match="grad, output, logsumexp: expected"):
+            ops.similarity_attention_backward(grad, result, sums, *arguments, True, True, True, True)
+
+
+def test_direct_calls_with_sequences_that_do_not_fit_are_refused() -> None:
     query = torch.zeros(4, 1, 2)
-    plain = (*api._flatten((), query),)
-    for starts in ([1, 4], [0, 3], [0, 5, 4], [0, 4]):
-        with pytest.raises(ValueError, match="cu_seqlens"):
+    terms = api._flatten((), query)
+    for starts in ([1, 4], [0, 3], [0, 5, 4], [0, 4], []):
+        with pytest.raises(ValueError, match="cu_seqlens: expected int32 values"):
             ops.similarity_attention_varlen(
-                query, query, query, *plain, torch.tensor(starts, dtype=torch.int32), 3, False, 1.0
+                query, query, query, *terms, torch.tensor(starts, dtype=torch.int32), 3, False, 1.0
             )
+    with pytest.raises(ValueError, match="cu_seqlens: expected int32 values"):
+        ops.similarity_attention_varlen(query, query, query, *terms, torch.tensor([0, 4]), 4, False, 1.0)
 
 
 def test_rows_that_attend_to_nothing_have_a_logsumexp_of_minus_infinity() -> None:

@@ -1,7 +1,7 @@
 # Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.10, make and a C++ compiler.
 #   demo     train and compare the models on a generated catalogue        lint    ruff and clang-format
 #   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
-#   check    what is slower: other architectures, sanitizers, packaging, docs
+#   check    what is slower: other compilers and architectures, packaging, documentation, sanitizers
 #   build    the compiled library, in the source tree                     clean   remove what was built
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -9,7 +9,9 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Errors only. What a mirror of the machine's pip settings lacks is no news.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+INSTALL := $(PIP) install -c constraints.txt
 # A library that does not compile must not pass unseen here; BBQ_REQUIRE_CPU=0 works with the pure-Python package.
 export BBQ_REQUIRE_CPU ?= 1
 
@@ -21,6 +23,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
+CLANG := $(VENV)/.clang
 BUILT := bbqrec_kernels/_build.json
 
 .PHONY: demo test check build lint format clean
@@ -31,7 +34,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-check: build
+check: build $(CLANG)
 	$(BIN)/python tools/check.py $(ARGS)
 
 build: $(BUILT)
@@ -47,16 +50,22 @@ format: $(INSTALLED)
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache bbqrec_kernels/_C.so $(BUILT)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis bbqrec_kernels/_C.so $(BUILT)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt "$(TORCH)" || $(PIP) install -c constraints.txt --extra-index-url $(TORCH_INDEX) "$(TORCH)"
-	$(PIP) install -c constraints.txt setuptools cmake ninja
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[models,dev]"
-	touch $@
+	@echo "Installing the packages of constraints.txt into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) "$(TORCH)" 2>/dev/null || $(INSTALL) --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	@$(INSTALL) setuptools cmake ninja
+	@$(INSTALL) --no-build-isolation -e ".[models,dev]"
+	@touch $@
+
+# Clang with the C++ library and the headers of every system that the package promises to compile on.
+$(CLANG): $(INSTALLED)
+	@$(INSTALL) ziglang
+	@touch $@
 
 $(BUILT): $(INSTALLED) CMakeLists.txt $(CPP)
-	$(BIN)/python setup.py -q build_libraries --inplace
-	touch $@
+	@$(BIN)/python setup.py -q build_libraries --inplace
+	@touch $@

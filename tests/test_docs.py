@@ -1,0 +1,93 @@
+"""The documentation: its examples run, its links lead somewhere, and the names in it exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "bbqrec*/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+OPTION = re.compile(r"`((?:tokenizer|model|training)\.(?!safetensors)\w+)(?:=[^`]*)?`")
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """Fenced blocks of a page, as pairs of language and content."""
+    fenced = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [(language, content) for language, content in fenced if language in languages]
+
+
+def is_of_the_recommender(code: str) -> bool:
+    return re.search(r"^(from|import) bbqrec\b", code, re.MULTILINE) is not None
+
+
+def names_of_options() -> list[str]:
+    return pytest.importorskip("bbqrec.config").option_names()
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the small data set `shop` that the examples speak of; they run in it."""
+    from bbqrec.data.demo import make_demo_dataset
+
+    make_demo_dataset(n_users=150, n_items=60).save(tmp_path / "shop")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pages
+def test_examples_of_operators_run(page: Path) -> None:
+    namespace: dict[str, object] = {}
+    for _, code in blocks(page, "python"):
+        if not is_of_the_recommender(code):
+            exec(compile(code, str(page), "exec"), namespace)  # a block goes on where the one before it stopped
+
+
+@pytest.mark.check
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(is_of_the_recommender(code) for _, code in blocks(p, "python"))]
+)
+def test_examples_that_train_run(page: Path, shop: Path) -> None:
+    """In the order of the page, with the commands of the shell blocks in between."""
+    program = Path(sys.executable).parent / "bbqrec"
+    namespace: dict[str, object] = {}
+    for language, code in blocks(page, "python", "sh"):
+        if language == "python":
+            exec(compile(code, str(page), "exec"), namespace)
+            continue
+        for command in code.splitlines():
+            if command.startswith("bbqrec ") and not command.startswith("bbqrec demo"):
+                done = subprocess.run(
+                    [program, *command.partition("#")[0].split()[1:]], cwd=shop, capture_output=True, text=True
+                )
+                assert done.returncode == 0, f"{command}\n{done.stderr}"
+                assert done.stdout, command
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pages
+def test_names_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
+    assert set(OPTION.findall(text)) <= set(names_of_options())
+    for path in re.findall(r"`((?:bbqrec|bbqrec_kernels|csrc|docs|tests|tools|benchmarks)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_every_option_is_described() -> None:
+    described = set(OPTION.findall((ROOT / "docs" / "recommender.md").read_text()))
+    assert set(names_of_options()) - described == {"model_name"}

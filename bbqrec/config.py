@@ -49,7 +49,7 @@ class ModelConfig(Section):
     dim: int = Field(64, ge=1, description="width of item vectors and hidden states")
     layers: int = Field(2, ge=1)
     heads: int = Field(2, ge=1)
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
     item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
@@ -64,8 +64,8 @@ class TrainingConfig(Section):
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.5, ge=0, description="of AdamW: times the learning rate, each step")
 
 
 class Config(Section):

@@ -202,7 +202,13 @@ def _print_recommendations(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _print_metrics(rows: dict[str, dict[str, float]], candidates: str) -> None:
-    table = [{"": name, **{key: f"{row[key]:.4f}" for key in METRICS}} for name, row in rows.items()]
+    """A line for each row, and one for its cold targets (items that training never saw), where there are any."""
+    table = []
+    for name, row in rows.items():
+        table.append({"": name, "users": row["users"], **{key: f"{row[key]:.4f}" for key in METRICS}})
+        if row.get("cold/users"):
+            cold = {key: f"{row[f'cold/{key}']:.4f}" for key in METRICS}
+            table.append({"": f"{name}, cold targets", "users": row["cold/users"], **cold})
     _print_table(f"Metrics over all items ({candidates})", table)
 
 
@@ -213,7 +219,7 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
-        numeric = name in ("rank", "score", *METRICS)
+        numeric = name in ("rank", "score", "users", *METRICS)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

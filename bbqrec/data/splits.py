@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +35,11 @@ class Split:
     train: Histories
     validation: Heldout
     test: Heldout
+
+    @cached_property
+    def train_items(self) -> np.ndarray:
+        """Items that occur in training, sorted; held-out targets that are not among them are cold."""
+        return np.unique(self.train.items)
 
 
 def leave_one_out(data: Dataset) -> Split:

@@ -38,7 +38,7 @@ class SequenceModel(nn.Module):
         if not (has_content or config.item_id):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
         self.config = config
-        self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * 0.02) if config.item_id else None
+        self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
         self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
         self.tables = None

@@ -182,7 +182,11 @@ def _fit_sequence_model(
 def _final_metrics(
     data: Dataset, split: Split, config: Config, model: SequenceModel, semantic_ids: SemanticIDs | None
 ) -> dict[str, Any]:
-    options = {"n_items": data.n_items, "max_length": config.model.max_length}
+    options = {
+        "n_items": data.n_items,
+        "max_length": config.model.max_length,
+        "train_items": split.train_items,
+    }
     popular = MostPopular(split.train, data.n_items)
     held_out = {"validation": split.validation, "test": split.test}
     metrics = {

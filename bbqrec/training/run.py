@@ -109,6 +109,8 @@ class Run:
             split: "validation" or "test".
             keep_history: leave items of the history among the candidates. By default they are removed, but never the
                 held-out item itself.
+
+        Returns what `evaluation.ranking.evaluate` returns, with held-out items that training never saw apart.
         """
         if split not in ("validation", "test"):
             raise ValueError(f"split: got {split!r}, expected 'validation' or 'test'")
@@ -118,6 +120,7 @@ class Run:
             self.data.n_items,
             keep_history=keep_history,
             max_length=self.config.model.max_length,
+            train_items=self.split.train_items,
         )
 
     def _require_finished(self) -> None:

@@ -568,7 +568,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
       T* out = pointer(grad_query, needs.query);
       for_all(chunks, [&](int64_t c) {
         for (int64_t u = c * count / chunks; u < (c + 1) * count / chunks; ++u) {
-          query_unit<T>(p, units[u], up, out, needs.biases ? &tables[c * entries] : nullptr);
+          query_unit<T>(p, units[u], up, out, needs.biases ? tables.data() + c * entries : nullptr);
         }
       });
       if (needs.biases) {

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bbqrec import BBQRec
-from bbqrec.cli.main import app
+from bbqrec.cli.main import METRICS, _print_metrics, app
 from bbqrec.config import flat_options
 
 
@@ -53,6 +53,18 @@ def test_fit_evaluate_recommend(tiny_data, tiny_config, tmp_path):
         "evaluate", tmp_path / "run", "--split", "validation", "--keep-history", "--data", tiny_data.path
     )
     assert "history kept" in validation
+
+
+def test_targets_that_training_never_saw_are_a_line_of_their_own(capsys):
+    warm = dict.fromkeys(METRICS, 0.5) | {"users": 20, "cold/users": 0}
+    mixed = warm | {"cold/users": 3} | {f"cold/{name}": 0.25 for name in METRICS}
+    _print_metrics({"validation": warm, "test": mixed}, "history removed")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[4:] if line.strip()]
+    assert lines == [
+        ["validation", "20", *["0.5000"] * 7],
+        ["test", "20", *["0.5000"] * 7],
+        ["test,", "cold", "targets", "3", *["0.2500"] * 7],
+    ]
 
 
 def test_recommend_prints_what_the_model_says(bbqrec_run, tiny_data):

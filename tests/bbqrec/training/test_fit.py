@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_sasrec_has_no_tokenizer(sasrec_run):
 def test_metrics_are_those_of_the_saved_model(bbqrec_run, split):
     assert Run(bbqrec_run.folder).evaluate(split) == bbqrec_run.metrics[split]
     assert bbqrec_run.metrics["most_popular"][split] != bbqrec_run.metrics[split]
+    cold = ~np.isin(getattr(bbqrec_run.split, split).targets, bbqrec_run.split.train.items)
+    assert bbqrec_run.metrics[split]["cold/users"] == cold.sum()
 
 
 def test_the_best_and_the_latest_epoch_are_kept(bbqrec_run):
@@ -225,9 +228,8 @@ def test_evaluate_knows_its_splits(sasrec_run):
         sasrec_run.evaluate("train")
     kept = sasrec_run.evaluate(keep_history=True)
     assert kept["ndcg@10"] < sasrec_run.metrics["test"]["ndcg@10"]
-    assert kept == evaluate(
-        sasrec_run.model, sasrec_run.split.test, sasrec_run.data.n_items, keep_history=True, max_length=12
-    )
+    options = {"keep_history": True, "max_length": 12, "train_items": sasrec_run.split.train_items}
+    assert kept == evaluate(sasrec_run.model, sasrec_run.split.test, sasrec_run.data.n_items, **options)
 
 
 def test_a_normal_run_says_little(tiny_data, tiny_config, tmp_path, capfd, caplog, recwarn):

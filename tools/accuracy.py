@@ -1,0 +1,83 @@
+"""Measures accuracy: fits models with several seeds, writes a CSV row for each run and split, prints a table of means.
+
+    python tools/accuracy.py --data DATA --out runs/accuracy --csv docs/results/NAME.csv
+
+Finished runs in `--out` are not fitted again, unfinished ones are resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+from pathlib import Path
+
+import polars as pl
+
+from bbqrec import Config, Dataset, fit
+
+METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
+TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "bbqrec": "BBQRec"}
+
+
+def measure(data: Dataset, model: str, seed: int, out: Path, options: list[str]) -> list[dict[str, object]]:
+    """Fits a model, or finds it fitted, and returns its rows; those of most-popular come with SASRec."""
+    config = Config().override([*options, f"training.seed={seed}"])
+    run = fit(data, out / f"{model}-{seed}", model=model, config=config)
+    facts = {"seed": seed, "seconds": run.facts["seconds"], "data": data.name, **run.facts["versions"]}
+    rows = []
+    for split in ("validation", "test"):
+        rows.append({"model": model, "split": split, **_metrics(run.metrics[split]), **facts})
+        if model == "sasrec":
+            rows.append(
+                {"model": "most_popular", "split": split, **_metrics(run.metrics["most_popular"][split]), **facts}
+            )
+    return rows
+
+
+def markdown(rows: pl.DataFrame) -> str:
+    """Mean and, in brackets, standard deviation over seeds; `rows` as `measure` gives them."""
+    lines = ["| model | split | Recall@10 | NDCG@10 | seconds a run |", "|---|---|---|---|---|"]
+    for split in ("validation", "test"):
+        for model, title in TITLES.items():
+            chosen = rows.filter(model=model, split=split)
+            if len(chosen):
+                cells = [_mean(chosen[name]) for name in ("recall@10", "ndcg@10")]
+                seconds = "–" if model == "most_popular" else f"{chosen['seconds'].mean():.0f}"
+                lines.append(f"| {title} | {split} | {' | '.join(cells)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def _metrics(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(values[name], 5) for name in METRICS}
+
+
+def _mean(column: pl.Series) -> str:
+    spread = column.std() or 0.0
+    return f"{column.mean():.4f}".removeprefix("0") + (f" (± {spread:.4f})".replace("0.", ".") if spread else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--csv", type=Path, required=True, help="file to write")
+    parser.add_argument("--models", nargs="+", default=["sasrec", "bbqrec"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of all runs")
+    arguments = parser.parse_args()
+
+    data = Dataset.load(arguments.data)
+    rows = []
+    for seed in arguments.seeds:
+        for model in arguments.models:
+            rows += measure(data, model, seed, arguments.out, arguments.set)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    table = pl.DataFrame(rows).with_columns(commit=pl.lit(commit), device=pl.lit(f"cpu {platform.machine()}"))
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    table.sort("model", "split", "seed").write_csv(arguments.csv)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

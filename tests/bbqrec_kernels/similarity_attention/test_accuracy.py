@@ -91,7 +91,9 @@ def test_lengths(is_causal: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [[5] * 40, [0, 1, 2, 0] * 200, [63, 1, 65, 0, 32, 33]], ids=["even", "short", "odd"])
+@pytest.mark.parametrize(
+    "lengths", [[5] * 40, [0, 1, 2, 0] * 200, [63, 1, 65, 0, 32, 33]], ids=["even", "short", "odd"]
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_packed_sequences(lengths: list[int], is_causal: bool, dtype: torch.dtype) -> None:
     check(random_packed_inputs(lengths, kinds=("prefix", "gap"), is_causal=is_causal), dtype)

@@ -100,7 +100,7 @@ def run(command: list[str], failure: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=build_environment())
     if done.returncode:
         raise NotBuilt(f"{failure}: {first_error(done.stdout)}", done.stdout)
-    print(done.stdout.strip())
+    print(done.stdout, end="")  # warnings
 
 
 def build_environment() -> dict[str, str]:
@@ -125,7 +125,7 @@ def build_cpu(build_folder: Path, target: Path) -> dict[str, object]:
     options |= {name: os.environ.get(name, "") for name in ("BBQ_SANITIZE", "BBQ_WERROR")}
     defines = [f"-D{name}={value}" for name, value in options.items()]
     run([cmake, "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja", *defines], "CMake cannot configure")
-    run([cmake, "--build", str(build_folder)], "compiling failed")
+    run([cmake, "--build", str(build_folder), "--", "--quiet"], "compiling failed")
     replace(target, (build_folder / "_C.so").read_bytes())
     details = dict(line.split("=", 1) for line in (build_folder / "_C.txt").read_text().splitlines())
     flags = " ".join(details["flags"].split())

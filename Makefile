@@ -1,7 +1,7 @@
 # Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.10, make and a C++ compiler.
 #   demo     train and compare the models on a generated catalogue        lint    ruff and clang-format
 #   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
-#   check    what is slower: other compilers and architectures, packaging, documentation, sanitizers
+#   check    what is slower: other compilers and architectures, packaging, sanitizers
 #   build    the compiled library, in the source tree                     clean   remove what was built
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -15,14 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "check"
 WORKERS = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-SLOW_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS]
 STEPS = {
-    # the CPU sources, for every architecture and compiler
-    "compilers": [*SLOW_TESTS, "tests/compile_only"],
-    # sdist, wheel, every way of pip install
-    "packaging": [*SLOW_TESTS, "tests/packaging"],
-    # all other tests marked `check`: examples of the documentation that train, ...
-    "tests": [*SLOW_TESTS, "tests", "--ignore=tests/compile_only", "--ignore=tests/packaging"],
+    # the CPU sources for other architectures and compilers; sdist, wheel, every way of pip install
+    "tests": [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS, "tests"],
     # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
     "sanitizers": ["bash", "tools/sanitize.sh", "-n", WORKERS],
 }

@@ -98,10 +98,16 @@ class Histories:
     def from_interactions(
         cls, users: np.ndarray, items: np.ndarray, timestamps: np.ndarray | None, n_users: int
     ) -> Histories:
-        """One row an interaction, sorted by time within each user; rows of equal time keep their order."""
+        """One row an interaction, sorted by time within each user; rows of equal time keep their order.
+
+        `timestamps` `(T,)`: numbers, stored as whole numbers, or datetime64, stored in seconds; sorting comes first.
+        """
         order = np.argsort(users, kind="stable") if timestamps is None else np.lexsort((timestamps, users))
         offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=n_users))]).astype(np.int64)
-        return cls(items[order], offsets, None if timestamps is None else timestamps[order])
+        if timestamps is not None:
+            whole = timestamps.astype("datetime64[s]") if timestamps.dtype.kind == "M" else timestamps
+            timestamps = whole[order].astype(np.int64)
+        return cls(items[order], offsets, timestamps)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -188,7 +194,10 @@ class Dataset:
         return with_text_features(formats.read(Path(path)))
 
     def save(self, folder: str | Path) -> None:
-        """Writes the native format (see `bbqrec.data.formats.native`). Raises `ValueError` if `folder` is not empty."""
+        """Writes the native format (see `bbqrec.data.formats.native`).
+
+        Raises `ValueError` if `folder` is not empty, or an item ID has a newline in it.
+        """
         from bbqrec.data.formats import native  # the readers need this module
 
         native.write(self, Path(folder))

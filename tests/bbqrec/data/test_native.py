@@ -1,5 +1,7 @@
 """The native format: what is read, the round trip, and every fault in the files."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -50,6 +52,59 @@ def test_timestamps_in_csv(folder, written, expected):
     assert Dataset.load(folder).histories.timestamps.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["0.9", "0.1", "0.5"],
+        ["1970-01-01T00:00:00.900", "1970-01-01T00:00:00.100", "1970-01-01T00:00:00.500"],
+        ["1970-01-01 00:00:00.009", "1970-01-01 00:00:00.001", "1970-01-01 00:00:00.005"],
+    ],
+)
+def test_order_within_a_second_in_csv(folder, written):
+    lines = [f"u,{item},{time}" for item, time in zip("abc", written, strict=True)]
+    (folder / "interactions.csv").write_text("\n".join(["user,item,timestamp", *lines]))
+    histories = Dataset.load(folder).histories
+    assert histories[0].tolist() == [1, 2, 0]
+    assert histories.timestamps.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pl.Series([7.9, 7.1, 7.5]),
+        pl.Series([7.9, 7.1, 7.5], dtype=pl.Float32),
+        pl.Series([7.9, 7.1, 7.5]).cast(pl.Decimal(10, 1)),
+        pl.Series([7_900, 7_100, 7_500]).cast(pl.Datetime("ms", "Asia/Tokyo")),
+        pl.Series([7_000_000_009, 7_000_000_001, 7_000_000_005]).cast(pl.Datetime("ns")),
+    ],
+    ids=lambda times: str(times.dtype),
+)
+def test_order_within_a_second_in_parquet(folder, times):
+    (folder / "interactions.csv").unlink()
+    pl.DataFrame({"user": ["u"] * 3, "item": ["a", "b", "c"], "timestamp": times}).write_parquet(
+        folder / "interactions.parquet"
+    )
+    histories = Dataset.load(folder).histories
+    assert histories[0].tolist() == [1, 2, 0]
+    assert histories.timestamps.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [b"\xef\xbb\xbfc\na\n", b"c\r\na\r\n", b"c  \n\ta", b"c\na\n\n\n"],
+    ids=["byte order mark", "CRLF", "blanks", "empty lines at the end"],
+)
+def test_items_of_features_as_editors_write_them(folder, written):
+    (folder / "features" / "image.items.txt").write_bytes(written)
+    assert Dataset.load(folder).features["image"].values.tolist() == [[3, 4], [0, 0], [1, 2]]
+
+
+def test_features_of_more_items_than_the_catalogue_has(folder):
+    np.save(folder / "features" / "image.npy", np.ones((4, 2)))
+    (folder / "features" / "image.items.txt").write_text("c\nx\ny\na\n")  # half of them: fine
+    assert Dataset.load(folder).features["image"].present.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [pl.Int32, pl.Float64, pl.Datetime("ms"), pl.Datetime("ns", "UTC"), pl.Date])
 def test_timestamps_in_parquet(folder, dtype):
     day = 1 if dtype == pl.Date else 86400
@@ -72,6 +127,22 @@ def test_round_trip(tmp_path, tiny):
     assert loaded.histories.timestamps.tolist() == tiny.histories.timestamps.tolist()
     with pytest.raises(ValueError, match="saved is not empty"):
         tiny.save(tmp_path / "saved")
+
+
+def test_round_trip_of_ids_with_odd_characters(tmp_path, tiny):
+    odd = replace(tiny, item_ids=["mug\u2028", "bo\x85wl", " lamp\t", "be\x0cnch"], user_ids=["ann\n", "bo", "c,y"])
+    odd.save(tmp_path / "saved")
+    loaded = Dataset.load(tmp_path / "saved")
+    assert loaded.item_ids == odd.item_ids
+    assert loaded.fingerprint() == odd.fingerprint()
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r"])
+def test_item_ids_with_newlines_are_not_saved(tmp_path, tiny, newline):
+    bad = replace(tiny, item_ids=["mug", f"bo{newline}wl", "lamp", "bench"])
+    with pytest.raises(ValueError, match=r"item_ids: 'bo\\[nr]wl' in row 2 .* has a newline"):
+        bad.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_round_trip_derives_text_features_again(tmp_path, folder):
@@ -127,7 +198,20 @@ def save(array):
             r"image\.npy: got 2 rows, expected 1 \(one for each line of image\.it",
         ),
         (write("features/image.items.txt", "c\nc\n"), r"image\.items\.txt: 'c' appears twice, in rows 1 and 2"),
-        (write("features/image.items.txt", "x\ny\n"), r"image\.items\.txt: names no item of this data set"),
+        (
+            write("features/image.items.txt", "x\ny\n"),
+            r"image\.items\.txt: 2 of 2 lines name no item of this data set, e\.g\. 'x'",
+        ),
+        (
+            lambda folder: (save(np.ones((3, 2)))(folder), write("features/image.items.txt", "c\nx\ny\n")(folder)),
+            r"image\.items\.txt: 2 of 3 lines name no item of this data set, e\.g\. 'x'; .* e\.g\. 'a'",
+        ),
+        (
+            lambda folder: (folder / "features/image.items.txt").write_bytes(b"c\n\xff\n"),
+            r"image\.items\.txt: is not UTF-8 \(byte 2\)",
+        ),
+        (write("features/image.items.txt", ""), r"image\.npy: got 2 rows, expected 0"),
+        (write("interactions.csv", "user,item,timestamp\nu,a,1.5\nu,b,nan\n"), r"csv: row 2 .* has timestamp 'nan'"),
         (lambda folder: (folder / "features/image.items.txt").unlink(), r"image\.npy: image\.items\.txt is missing"),
         (save(np.array([[1, 2], [3, np.nan]])), r"image\.npy: row 2 .* NaN"),
         (save(np.ones(2)), r"image\.npy: got float64 of shape \(2,\)"),

@@ -6,14 +6,44 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values that Python can look at: not while tracing, and not inside a torch.func transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, FakeTensor)
+        or tensor.device.type == "meta"
+        or is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def is_on_cpu_to_look_at(tensor: Tensor) -> bool:
+    """Whether looking at values is free as well: it does not wait for a GPU."""
+    return tensor.device.type == "cpu" and is_concrete(tensor)
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {short(value.layout)}"
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor; convert it with .to_dense()")
+
+
+def check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], hint: str = "") -> None:
@@ -37,5 +67,5 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
         raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} like {like_name}; move it there")
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")

@@ -6,6 +6,8 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from bbqrec_kernels import _library
 
@@ -16,22 +18,23 @@ _NO_SUCH_KERNEL = "this version has no such kernel for it"
 _warned: set[tuple[str, str]] = set()
 
 
-def choose(operator: str, impl: str, tensor: Tensor) -> str:
+def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     """Returns the name of the implementation that runs.
 
     Args:
         operator: name of the public function, for messages.
         impl: what the caller asked for, one of `IMPLEMENTATIONS`.
-        tensor: decides by its device and dtype; checked to be like the other arguments.
+        tensors: the differentiable arguments; the first decides by its device and dtype, and the others are like it.
 
     Raises:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
     """
-    blockers = _blockers(tensor)
+    wish = _wish_of_the_reference_only(tensors)
+    blockers = _blockers(tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
-        if chosen == "reference":
-            _warn_once(operator, blockers)
+        if chosen == "reference" and not wish:
+            _warn_once(operator, blockers["cpu" if tensors[0].device.type == "cpu" else "cuda"])
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -43,18 +46,28 @@ def choose(operator: str, impl: str, tensor: Tensor) -> str:
 def _blockers(tensor: Tensor) -> dict[str, str | None]:
     """For each implementation, fastest first, None where it can run, otherwise the reason why not."""
     cpu = _library.CPU.blocker
-    if tensor.dtype == torch.float64:
-        cpu = "float64 runs in the reference only"
-    elif tensor.device.type not in ("cpu", "meta"):
+    if tensor.device.type not in ("cpu", "meta"):
         cpu = f"the tensors are on {tensor.device.type}"
     return {"cuda": _NO_SUCH_KERNEL, "triton": _NO_SUCH_KERNEL, "cpu": cpu, "reference": None}
 
 
-def _warn_once(operator: str, blockers: dict[str, str | None]) -> None:
-    """Says once per operator and reason that the slow reference runs because no library could."""
+def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:
+    """What the call wants that no kernel can do, but plain torch can."""
+    if tensors[0].dtype == torch.float64:
+        return "float64 runs in the reference only"
+    if torch.compiler.is_compiling():
+        return None
+    if any(is_functorch_wrapped_tensor(t) for t in tensors):
+        return "torch.func transforms (vmap, grad, jvp) run in the reference only"
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "forward-mode derivatives run in the reference only"
+    return None
+
+
+def _warn_once(operator: str, reason: str) -> None:
+    """Says once per operator and reason that the slow reference runs because no kernel could."""
     if torch.compiler.is_compiling():
         return
-    reason = "; ".join(b for b in blockers.values() if b is not None and "library" in b)
-    if reason and (operator, reason) not in _warned:
+    if (operator, reason) not in _warned:
         _warned.add((operator, reason))
         warnings.warn(f"{operator} runs as the slow reference: {reason}", RuntimeWarning, stacklevel=4)

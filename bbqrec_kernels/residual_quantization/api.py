@@ -35,6 +35,8 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Re
     A row whose best distance is not finite is a bad row: codes -1, `quantized` NaN, both losses NaN, NaN gradient to
     that row and none to codebooks; other rows keep their values. A codeword that is not finite makes all rows bad.
 
+    The backward reads `codebooks`: update them in place after it, not between forward and backward.
+
     Args:
         x: `(..., D)` float32, bfloat16 or float16, any strides.
         codebooks: `(L, K, D)` float32. All-float64 arguments run in the reference.
@@ -50,7 +52,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Re
     Source: Lee et al. 2022, Autoregressive image generation using residual quantization, section 3.1.
     """
     _check_rows(x, codebooks)
-    if choose("residual_quantize", impl, x) == "reference":
+    if choose("residual_quantize", impl, x, codebooks) == "reference":
         return ResidualQuantization(*reference.residual_quantize(x, codebooks))
     return ResidualQuantization(*ops.residual_quantize(x, codebooks))
 
@@ -101,7 +103,7 @@ def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor, *, impl: st
             f"codes: got shape {tuple(codes.shape)}, expected {(*x.shape[:-1], codebooks.shape[0])} "
             f"to go with x of shape {tuple(x.shape)}"
         )
-    if choose("residual_statistics", impl, x) == "reference":
+    if choose("residual_statistics", impl, x, codebooks) == "reference":
         return reference.residual_statistics(x, codes, codebooks)
     return ops.residual_statistics(x.detach(), codes.long(), codebooks.detach())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bbqrec_kernels._checks import is_on_cpu_to_look_at
+
 _SEARCH_ELEMENTS = 1 << 22  # of the largest temporary tensor in the search
 
 
@@ -81,8 +83,12 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 
 def _check_range(codes: Tensor, codebooks: Tensor) -> None:
-    """Raises where a kernel would read out of bounds; tracing and CUDA leave that to the gather itself."""
-    if torch.compiler.is_compiling() or codes.device.type != "cpu" or codes.numel() == 0:
+    """Raises where a kernel would read out of bounds: an assertion while tracing and on CUDA, otherwise a sentence."""
+    if codes.numel() == 0:
+        return
+    if not is_on_cpu_to_look_at(codes):
+        valid = (codes >= -1) & (codes < codebooks.shape[1])
+        torch._assert_async(valid.all(), "codes: expected -1 to codebook_size - 1")
         return
     low, high = map(int, torch.aminmax(codes))
     if low < -1 or high >= codebooks.shape[1]:

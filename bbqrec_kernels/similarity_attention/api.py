@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from bbqrec_kernels._checks import (
     FLOATS,
     INTEGERS,
+    check_bool,
     check_device,
     check_dim,
     check_dtype,
+    check_int,
     check_size,
     check_tensor,
+    is_on_cpu_to_look_at,
     short,
 )
 from bbqrec_kernels._dispatch import choose
@@ -76,9 +80,10 @@ def similarity_attention(
             check_dim(name, lengths, 1, "(B,)")
             check_size(name, lengths, 0, query.shape[0], "batch of query")
             check_device(name, lengths, "query", query)
+    check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    if choose("similarity_attention", impl, query) == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+    if choose("similarity_attention", impl, query, key, value, *(term.bias for term in terms)) == "reference":
+        with _without_autocast(query.device.type):
             return reference.similarity_attention(
                 query,
                 key,
@@ -134,13 +139,15 @@ def similarity_attention_varlen(
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32,))
     check_dim("cu_seqlens", cu_seqlens, 1, "(B+1,)")
     check_device("cu_seqlens", cu_seqlens, "query", query)
-    if not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"max_seqlen: got {type(max_seqlen).__name__}, expected an int")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    check_int("max_seqlen", max_seqlen)
+    if isinstance(max_seqlen, int) and not 0 <= max_seqlen < 2**31:
+        raise ValueError(f"max_seqlen: got {max_seqlen}, expected 0 to 2**31 - 1")
+    if is_on_cpu_to_look_at(cu_seqlens):
         _check_sequences(cu_seqlens, max_seqlen, query.shape[0])
+    check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    if choose("similarity_attention_varlen", impl, query) == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+    if choose("similarity_attention_varlen", impl, query, key, value, *(term.bias for term in terms)) == "reference":
+        with _without_autocast(query.device.type):
             return reference.similarity_attention_varlen(
                 query, key, value, terms, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, is_causal=is_causal, scale=scale
             )
@@ -153,10 +160,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         check_tensor(name, tensor)
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in FLOATS else t for t in tensors)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, layout: str, batch_dim: int | None) -> None:
@@ -186,11 +197,14 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, layout: str, batch_d
 def _as_tuple(terms: Term | Sequence[Term] | None) -> tuple[Term, ...]:
     if terms is None:
         return ()
-    terms = (terms,) if isinstance(terms, Term) else tuple(terms)
+    if isinstance(terms, Term):
+        return (terms,)
+    if not isinstance(terms, Sequence):
+        raise TypeError(f"terms: got {type(terms).__name__}, expected what {', '.join(KINDS)} return, or a list of it")
     for term in terms:
         if not isinstance(term, Term):
-            raise TypeError(f"terms: got {type(term).__name__}, expected what {', '.join(KINDS)} return")
-    return terms
+            raise TypeError(f"terms: got a {type(term).__name__}, expected what {', '.join(KINDS)} return")
+    return tuple(terms)
 
 
 def _check_terms(
@@ -237,7 +251,11 @@ def _check_sequences(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a float")
+    return float(scale)
 
 
 def _flatten(terms: tuple[Term, ...], query: Tensor) -> tuple:

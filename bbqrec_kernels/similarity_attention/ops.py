@@ -2,7 +2,7 @@
 
 Terms arrive flattened (see `api._flatten`): one `biases` of all tables, and for each term a number for its kind, the
 bits of a level in packed words (0: not packed), its number of buckets, what is compared on the query and on the key
-side, and boundaries (empty but for cosine).
+side, and boundaries (empty but for cosine). `logsumexp` is float64: it is subtracted from scores that may be as large.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ similarity_attention_backward = define(
 )
 similarity_attention_varlen = define(
     f"similarity_attention_varlen(Tensor query, Tensor key, Tensor value, {_TERMS}, Tensor cu_seqlens,"
-    " int max_seqlen, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
+    " SymInt max_seqlen, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
 )
 similarity_attention_varlen_backward = define(
     "similarity_attention_varlen_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor query, Tensor key,"
-    f" Tensor value, {_TERMS}, Tensor cu_seqlens, int max_seqlen, bool is_causal, float scale, {_NEEDS})"
+    f" Tensor value, {_TERMS}, Tensor cu_seqlens, SymInt max_seqlen, bool is_causal, float scale, {_NEEDS})"
     f" -> {_GRADIENTS}"
 )
 
 
 def _forward_fake(query, key, value, *_) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float64)
 
 
 def _backward_fake(grad, output, logsumexp, query, key, value, biases, *rest) -> tuple[Tensor, ...]:
@@ -50,6 +50,7 @@ def _backward_fake(grad, output, logsumexp, query, key, value, biases, *rest) ->
 
 def _setup_context(ctx, inputs, output) -> None:
     tensors, lists, integers, masks = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:]
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.integers = integers
     ctx.masks = [None if isinstance(m, Tensor) else m for m in masks]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bbqrec_kernels._checks import is_concrete
 from bbqrec_kernels.similarity_attention.terms import Term
 
 
@@ -36,24 +37,24 @@ def similarity_attention(
     key = torch.where(key_valid[:, None, :, None], key, 0).to(width)
     value = torch.where(key_valid[:, None, :, None], value, 0).to(width)
 
-    scores = scale * (query @ key.transpose(-1, -2))
-    for term in terms:
-        for channel, bias in enumerate(term.bias.to(width)):
-            bucket, missing = buckets(term, channel)
-            looked_up = F.embedding(bucket, bias.T).movedim(-1, 1)  # (B, H, Sq, Sk)
-            scores = scores + (looked_up if missing is None else looked_up.masked_fill(missing[:, None], torch.nan))
     visible = key_valid[:, None, None, :]
     if is_causal:
         i = torch.arange(rows, device=query.device)[:, None]
         j = torch.arange(columns, device=query.device)
         visible = visible & (j <= i + columns - rows)
-    scores = scores.masked_fill(~visible, -torch.inf)
 
+    scores = scale * _products(query, key, visible)
+    for term in terms:
+        for channel, bias in enumerate(term.bias.to(width)):
+            bucket, missing = buckets(term, channel)
+            looked_up = F.embedding(bucket, bias.T).movedim(-1, 1)  # (B, H, Sq, Sk)
+            scores = scores + (looked_up if missing is None else looked_up.masked_fill(missing[:, None], torch.nan))
+    scores = scores.masked_fill(~visible, -torch.inf)
     highest = scores.detach().amax(-1, keepdim=True) if columns else scores.new_zeros(*scores.shape[:3], 1)
     weights = torch.exp(scores - highest.masked_fill(highest == -torch.inf, 0))
     total = weights.sum(-1, keepdim=True)
-    output = (weights @ value) / torch.where(total == 0, 1, total)  # nothing to attend to: zeros
-    return torch.where(query_valid[:, None, :, None], output, 0).to(dtype)
+    output = _weighted_sums(weights, value, visible) / torch.where(total == 0, 1, total)
+    return torch.where(query_valid[:, None, :, None] & (total != 0), output, 0).to(dtype)  # nothing to attend to: zeros
 
 
 def similarity_attention_varlen(
@@ -113,6 +114,25 @@ def buckets(term: Term, channel: int) -> tuple[Tensor, Tensor | None]:
     if term.kind == "prefix":
         agree = agree.long().cumprod(-1)
     return agree.sum(-1), None
+
+
+def _products(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """`query·key` of visible pairs: NaN and infinities of a key stay out of rows (and gradients) that do not see it."""
+    if _is_finite(query, key):
+        return query @ key.transpose(-1, -2)
+    return (query[..., :, None, :] * torch.where(visible[..., None], key[..., None, :, :], 0)).sum(-1)
+
+
+def _weighted_sums(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """`weights @ value` over visible pairs, in the same sense."""
+    if _is_finite(weights, value):
+        return weights @ value
+    return (weights[..., None] * torch.where(visible[..., None], value[..., None, :, :], 0)).sum(-2)
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """While tracing, all values count as finite: the plain products are taken."""
+    return not all(map(is_concrete, tensors)) or all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _before(lengths: Tensor | None, size: int, like: Tensor) -> Tensor:

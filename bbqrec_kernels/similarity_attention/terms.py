@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bbqrec_kernels._checks import FLOATS, INTEGERS, check_device, check_dim, check_dtype, check_size, check_tensor
+from bbqrec_kernels._checks import (
+    FLOATS,
+    INTEGERS,
+    check_device,
+    check_dim,
+    check_dtype,
+    check_int,
+    check_size,
+    check_tensor,
+    is_on_cpu_to_look_at,
+)
 
 KINDS = ("prefix", "matches", "cosine", "gap")  # the index is the number that kernels know a kind by
 MAX_CHANNELS = 8
@@ -20,7 +30,10 @@ MAX_BUCKETS = 64
 
 
 class PackedCodes(NamedTuple):
-    """Codes of tokens, ready for `prefix` and `matches`: made by `pack` once a batch, used in every layer."""
+    """Codes of tokens, ready for `prefix` and `matches`: made by `pack` once a batch, used in every layer.
+
+    Select, move and slice codes first, and pack last: the words must stay those of the codes.
+    """
 
     codes: Tensor
     """`(..., M, L)` int64: what was packed."""
@@ -107,6 +120,7 @@ def cosine(
     for name, tensor in (("vectors", vectors), ("key_vectors", key_vectors)):
         check_dtype(name, tensor, (*FLOATS, torch.float64))
     check_device("key_vectors", key_vectors, "vectors", vectors)
+    check_dim("key_vectors", key_vectors, vectors.dim(), "like vectors")
     check_size("key_vectors", key_vectors, -2, vectors.shape[-2], "channels of vectors")
     check_size("key_vectors", key_vectors, -1, vectors.shape[-1], "width of vectors")
     if boundaries is None:
@@ -116,7 +130,9 @@ def cosine(
     check_size("boundaries", boundaries, 0, buckets - 1, "n_buckets of bias, less one")
     check_device("boundaries", boundaries, "bias", bias)
     check_dtype("boundaries", boundaries, (torch.float32, torch.float64))
-    if _can_look_at(boundaries) and not bool((boundaries[1:] >= boundaries[:-1]).all() & ~boundaries.isnan().any()):
+    if is_on_cpu_to_look_at(boundaries) and not bool(
+        (boundaries[1:] >= boundaries[:-1]).all() & ~boundaries.isnan().any()
+    ):
         raise ValueError(f"boundaries: got {boundaries.tolist()}, expected values that ascend; sort them")
     width = torch.promote_types(bias.dtype, torch.float32)
     return Term(
@@ -124,7 +140,7 @@ def cosine(
         bias,
         vectors.detach().to(width),
         key_vectors.detach().to(width),
-        boundaries=boundaries.detach().to(width),
+        boundaries=boundaries.detach().to(width).contiguous(),
     )
 
 
@@ -148,6 +164,7 @@ def gap(positions: Tensor, bias: Tensor, *, key_positions: Tensor | None = None)
     for name, tensor in (("positions", positions), ("key_positions", key_positions)):
         check_dtype(name, tensor, INTEGERS)
     check_device("key_positions", key_positions, "positions", positions)
+    check_dim("key_positions", key_positions, positions.dim(), "like positions")
     check_size("key_positions", key_positions, -1, positions.shape[-1], "channels of positions")
     return Term("gap", bias, positions.long(), key_positions.long())
 
@@ -171,10 +188,11 @@ def pack(codes: Tensor, codebook_size: int) -> PackedCodes:
     check_dtype("codes", codes, INTEGERS)
     if codes.dim() < 2:
         raise ValueError(f"codes: got shape {tuple(codes.shape)}, expected (..., M, L)")
-    if codebook_size < 1:
-        raise ValueError(f"codebook_size: got {codebook_size}, expected at least 1")
+    check_int("codebook_size", codebook_size)
+    if not 1 <= codebook_size < 2**62:
+        raise ValueError(f"codebook_size: got {codebook_size}, expected at least 1 and less than 2**62")
     codes = codes.long()
-    if codes.numel() and _can_look_at(codes):
+    if codes.numel() and is_on_cpu_to_look_at(codes):
         if (largest := int(codes.max())) >= codebook_size:
             raise ValueError(f"codes: got {largest}, expected codes below codebook_size={codebook_size}")
     elif codes.numel():
@@ -249,8 +267,3 @@ def _check_bias(bias: Tensor, compared: Tensor, layout: str, channel_dim: int) -
     if not 1 <= bias.shape[2] <= MAX_BUCKETS:
         raise ValueError(f"bias: got {bias.shape[2]} buckets, expected 1 to {MAX_BUCKETS}")
     return bias.shape[2]
-
-
-def _can_look_at(tensor: Tensor) -> bool:
-    """Whether reading values is free: not while tracing, and not where it would wait for a GPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

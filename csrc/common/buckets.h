@@ -36,7 +36,8 @@ BBQ_HOST_DEVICE int32_t lowest_bit(uint64_t x) {
 // Packed codes: `bits` a level, level 0 lowest; sentinels differ between the sides, so negative codes never agree.
 BBQ_HOST_DEVICE int32_t prefix_bucket(uint64_t query, uint64_t key, int32_t bits, int32_t levels) {
   const uint64_t different = query ^ key;
-  return different == 0 ? levels : lowest_bit(different) / bits;
+  const int32_t agree = different == 0 ? levels : lowest_bit(different) / bits;
+  return agree < levels ? agree : levels;  // words with bits above the levels are not read past the table
 }
 
 BBQ_HOST_DEVICE int32_t matches_bucket(uint64_t query, uint64_t key, int32_t bits, int32_t levels) {

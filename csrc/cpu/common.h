@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-// One binary for every x86-64: the loader picks the clone that the machine can run. Elsewhere the baseline has SIMD.
+// One binary for every x86-64: the loader picks the clone that the machine can run. Elsewhere: the baseline.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(BBQ_NO_CLONES)
 #define BBQ_SIMD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3")))
 #else
@@ -64,6 +64,19 @@ BBQ_INLINE void store_row(const float* source, T* target, int64_t n) {
 
 BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int64_t n) {
   for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Calls f(0), ..., f(count - 1), on all cores.
+template <class F>
+void for_all(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) f(u);
+  });
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -165,9 +165,7 @@ void check_upstream(const char* name, const Tensor& grad, int64_t elements, Scal
 // Runs f(block, first, last) over fixed blocks of rows, on all cores.
 template <class F>
 void for_blocks(int64_t rows, int64_t block_rows, const F& f) {
-  torch::stable::parallel_for(0, ceil_div(rows, block_rows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) f(b, b * block_rows, std::min(rows, (b + 1) * block_rows));
-  });
+  for_all(ceil_div(rows, block_rows), [&](int64_t b) { f(b, b * block_rows, std::min(rows, (b + 1) * block_rows)); });
 }
 
 // The sizes of a call. The public functions check arguments in full; this is what keeps addresses inside the tensors
@@ -215,14 +213,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
   Tensor losses = new_empty(books, {s.levels});
   ContiguousOutput quantized(empty_like(x));
 
-  const float* book_data = static_cast<const float*>(books.const_data_ptr());
+  const float* book_data = data<float>(books);
   const Panels panels(book_data, s);
   int64_t* code_data = static_cast<int64_t*>(codes.mutable_data_ptr());
   std::vector<double> partials(ceil_div(s.rows, kBlockRows) * s.levels);
   std::vector<char> block_bad(ceil_div(s.rows, kBlockRows), 0);
   dispatch_float(x.scalar_type(), "x", [&](auto type) {
     using T = decltype(type);
-    const T* x_data = static_cast<const T*>(rows.const_data_ptr());
+    const T* x_data = data<T>(rows);
     T* out = static_cast<T*>(quantized.buffer().mutable_data_ptr());
     for_blocks(s.rows, kBlockRows, [&](int64_t b, int64_t first, int64_t last) {
       std::vector<float> residual(kBlockRows * s.width, 0.0f), sum(kBlockRows * s.width);
@@ -292,8 +290,9 @@ std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& gr
   if (!grad.has_value()) return scales;
   check_upstream(name, *grad, s.levels, ScalarType::Float);
   const Tensor dense = torch::stable::contiguous(*grad);
-  const float* data = static_cast<const float*>(dense.const_data_ptr());
-  for (int64_t l = 0; l < s.levels; ++l) scales[l] = static_cast<float>(2.0 * data[l] / (double(s.rows) * s.width));
+  const float* gradients = data<float>(dense);
+  for (int64_t l = 0; l < s.levels; ++l)
+    scales[l] = static_cast<float>(2.0 * gradients[l] / (double(s.rows) * s.width));
   return scales;
 }
 
@@ -307,8 +306,8 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
   const std::vector<float> x_scales = loss_scales("grad_commitment_loss", grad_commitment_loss, s);
   const std::vector<float> book_scales = loss_scales("grad_codebook_loss", grad_codebook_loss, s);
-  const float* book_data = static_cast<const float*>(books.const_data_ptr());
-  const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
+  const float* book_data = data<float>(books);
+  const int64_t* code_data = data<int64_t>(dense_codes);
   check_codes(code_data, s.rows * s.levels, s.size);
   if (grad_quantized) check_upstream("grad_quantized", *grad_quantized, x.numel(), x.scalar_type());
   Tensor grad_x = need_x ? empty_like(x) : new_empty(x, {0});
@@ -316,11 +315,11 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
 
   dispatch_float(x.scalar_type(), "x", [&](auto type) {
     using T = decltype(type);
-    const T* x_data = static_cast<const T*>(rows.const_data_ptr());
+    const T* x_data = data<T>(rows);
     if (need_x) {
       std::optional<Tensor> upstream;
       if (grad_quantized.has_value()) upstream = contiguous(*grad_quantized);
-      const T* up = upstream.has_value() ? static_cast<const T*>(upstream->const_data_ptr()) : nullptr;
+      const T* up = upstream.has_value() ? data<T>(*upstream) : nullptr;
       ContiguousOutput output(grad_x);
       T* out = static_cast<T*>(output.buffer().mutable_data_ptr());
       for_blocks(s.rows, kBlockRows, [&](int64_t, int64_t first, int64_t last) {
@@ -367,12 +366,12 @@ Tensor decode(Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
   const Shape s = shape_of(nullptr, &codes, codebooks);
   const Tensor books = contiguous(codebooks), dense_codes = contiguous(codes);
-  const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
+  const int64_t* code_data = data<int64_t>(dense_codes);
   check_codes(code_data, s.rows * s.levels, s.size);
   std::vector<int64_t> sizes(codes.sizes().begin(), codes.sizes().end());
   sizes.back() = s.width;
   Tensor output = new_empty(books, sizes);
-  const float* book_data = static_cast<const float*>(books.const_data_ptr());
+  const float* book_data = data<float>(books);
   float* out = static_cast<float*>(output.mutable_data_ptr());
   for_blocks(s.rows, kBlockRows, [&](int64_t, int64_t first, int64_t last) {
     std::fill(out + first * s.width, out + last * s.width, 0.0f);
@@ -391,9 +390,9 @@ Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
   const Shape s = shape_of(&grad, &codes, codebooks);
   check_upstream("grad", grad, s.rows * s.width, ScalarType::Float);
   const Tensor dense = contiguous(grad), dense_codes = contiguous(codes);
-  const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
+  const int64_t* code_data = data<int64_t>(dense_codes);
   check_codes(code_data, s.rows * s.levels, s.size);
-  const float* grad_data = static_cast<const float*>(dense.const_data_ptr());
+  const float* grad_data = data<float>(dense);
   ContiguousOutput output(empty_like(codebooks));
   float* total = static_cast<float*>(output.buffer().mutable_data_ptr());
   sum_into_codebooks(total, s, [&](float* target, int64_t first, int64_t last) {
@@ -411,10 +410,10 @@ std::tuple<Tensor, Tensor> statistics(Tensor x, Tensor codes, Tensor codebooks) 
   using namespace torch::stable;
   const Shape s = shape_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
-  const int64_t* code_data = static_cast<const int64_t*>(dense_codes.const_data_ptr());
+  const int64_t* code_data = data<int64_t>(dense_codes);
   check_codes(code_data, s.rows * s.levels, s.size);
   Tensor counts = new_zeros(books, {s.levels, s.size}), sums = new_empty(books, {s.levels, s.size, s.width});
-  const float* book_data = static_cast<const float*>(books.const_data_ptr());
+  const float* book_data = data<float>(books);
   std::vector<int64_t> exact(s.levels * s.size, 0);  // a float stops counting at 2^24
   for (int64_t i = 0; i < s.rows * s.levels; ++i) {
     if (code_data[i] >= 0) ++exact[(i % s.levels) * s.size + code_data[i]];
@@ -423,7 +422,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor x, Tensor codes, Tensor codebooks) 
   for (size_t i = 0; i < exact.size(); ++i) count_data[i] = static_cast<float>(exact[i]);
   dispatch_float(x.scalar_type(), "x", [&](auto type) {
     using T = decltype(type);
-    const T* x_data = static_cast<const T*>(rows.const_data_ptr());
+    const T* x_data = data<T>(rows);
     sum_into_codebooks(static_cast<float*>(sums.mutable_data_ptr()), s,
                        [&](float* target, int64_t first, int64_t last) {
                          std::vector<float> scratch(3 * s.width);

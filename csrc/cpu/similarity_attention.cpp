@@ -55,8 +55,8 @@ BBQ_INLINE void add_combination(float* target, const float* factors, Rows rows, 
 }
 
 // `scores` comes with the sums of the tables. Writes the attended row and returns the logsumexp.
-BBQ_SIMD_CLONES float attend(const float* query, Rows keys, Rows values, int64_t count, int64_t width, float scale,
-                             float* scores, float* output, float* scratch) {
+BBQ_SIMD_CLONES double attend(const float* query, Rows keys, Rows values, int64_t count, int64_t width, float scale,
+                              float* scores, float* output, float* scratch) {
   float highest = -kInfinity;
   for (int64_t j = 0; j < count; ++j) {
     scores[j] += scale * dot(query, keys[j], width);
@@ -71,16 +71,17 @@ BBQ_SIMD_CLONES float attend(const float* query, Rows keys, Rows values, int64_t
   }
   add_combination(output, scores, values, count, width, scratch);
   for (int64_t d = 0; d < width; ++d) output[d] /= static_cast<float>(total);
-  return static_cast<float>(highest + std::log(total));
+  return highest + std::log(total);
 }
 
 // `weights` comes with the sums of the tables and leaves with the weights; `grad_scores` gets the gradient of scores.
 BBQ_SIMD_CLONES void attend_backward(const float* query, const float* grad, const float* output, Rows keys, Rows values,
-                                     int64_t count, int64_t width, float scale, float logsumexp, float* weights,
+                                     int64_t count, int64_t width, float scale, double logsumexp, float* weights,
                                      float* grad_scores) {
   const float delta = dot(grad, output, width);
   for (int64_t j = 0; j < count; ++j) {
-    weights[j] = std::exp(weights[j] + scale * dot(query, keys[j], width) - logsumexp);
+    const float score = weights[j] + scale * dot(query, keys[j], width);
+    weights[j] = std::exp(static_cast<float>(score - logsumexp));  // in double: both may be large
     grad_scores[j] = weights[j] * (dot(grad, values[j], width) - delta);
   }
 }
@@ -123,11 +124,6 @@ struct Term {
     }
     return kind == Kind::kPrefix ? prefix_bucket(left, right, levels) : matches_bucket(left, right, levels);
   }
-
-  template <class T>
-  static const T* data(const Tensor& tensor) {
-    return static_cast<const T*>(tensor.const_data_ptr());
-  }
 };
 
 // The operators' arguments that describe the terms, as they come.
@@ -139,33 +135,49 @@ struct TermArguments {
 
 std::vector<Term> read_terms(const TermArguments& arguments, const Tensor& biases, int64_t heads, int64_t query_tokens,
                              int64_t key_tokens) {
+  const size_t count = arguments.kinds.size();
+  if (arguments.queries.size() != count || arguments.keys.size() != count || arguments.boundaries.size() != count ||
+      arguments.bits.size() != count || arguments.buckets.size() != count) {
+    throw std::invalid_argument("terms: expected lists of equal length");
+  }
   std::vector<Term> terms;
   int64_t offset = 0;
-  for (size_t t = 0; t < arguments.kinds.size(); ++t) {
+  for (size_t t = 0; t < count; ++t) {
     Term term;
     term.kind = static_cast<Kind>(arguments.kinds[t]);
-    term.query = torch::stable::contiguous(arguments.queries.at(t));
-    term.key = torch::stable::contiguous(arguments.keys.at(t));
-    term.boundaries = torch::stable::contiguous(arguments.boundaries.at(t));
-    term.bits = arguments.bits.at(t);
-    term.buckets = arguments.buckets.at(t);
-    const bool one_value = term.kind == Kind::kGap || term.bits > 0;  // a channel: a position or a word
+    term.query = torch::stable::contiguous(arguments.queries[t]);
+    term.key = torch::stable::contiguous(arguments.keys[t]);
+    term.boundaries = torch::stable::contiguous(arguments.boundaries[t]);
+    term.bits = arguments.bits[t];
+    term.buckets = arguments.buckets[t];
+    const bool codes = term.kind == Kind::kPrefix || term.kind == Kind::kMatches;
+    const bool known = codes || term.kind == Kind::kCosine || term.kind == Kind::kGap;
+    const bool packed = term.bits != 0;
+    const bool one_value = term.kind == Kind::kGap || packed;  // a channel: a position or a word
     const int64_t last = term.query.dim() - 1;
+    const auto fail = [t] {
+      throw std::invalid_argument("terms: tensors of term " + std::to_string(t) + " do not fit together");
+    };
+    if (!known || (packed && !codes) || last < (one_value ? 0 : 1) || term.buckets < 1 || term.buckets >= kNoBucket)
+      fail();
     term.width = one_value ? 1 : term.query.size(last);
     term.channels = term.query.size(one_value ? last : last - 1);
-    term.tables = Term::data<float>(biases) + offset;
+    const ScalarType dtype = term.kind == Kind::kCosine ? ScalarType::Float : ScalarType::Long;
+    const int64_t levels = term.buckets - 1;
+    if (term.query.scalar_type() != dtype || term.key.scalar_type() != dtype ||
+        term.query.numel() != query_tokens * term.channels * term.width ||
+        term.key.numel() != key_tokens * term.channels * term.width) {
+      fail();
+    }
+    if (packed && (term.bits < 1 || levels < 1 || term.bits * levels > 64)) fail();
+    if (codes && !packed && term.width != levels) fail();
+    if (term.kind == Kind::kCosine &&
+        (term.boundaries.numel() != levels || term.boundaries.scalar_type() != ScalarType::Float)) {
+      fail();
+    }
+    term.tables = data<float>(biases) + offset;
     term.offset = offset;
     offset += term.channels * heads * term.buckets;
-    const bool codes = term.kind == Kind::kPrefix || term.kind == Kind::kMatches;
-    const ScalarType expected = term.kind == Kind::kCosine ? ScalarType::Float : ScalarType::Long;
-    if (term.query.numel() != query_tokens * term.channels * term.width ||
-        term.key.numel() != key_tokens * term.channels * term.width || term.query.scalar_type() != expected ||
-        term.key.scalar_type() != expected || term.buckets < 1 || term.buckets >= kNoBucket ||
-        (codes && !one_value && term.width != term.buckets - 1) ||
-        (codes && one_value && term.bits * (term.buckets - 1) > 64) ||
-        (term.kind == Kind::kCosine && term.boundaries.numel() != term.buckets - 1)) {
-      throw std::invalid_argument("terms: tensors of term " + std::to_string(t) + " do not fit together");
-    }
     terms.push_back(term);
   }
   if (biases.numel() != offset || biases.scalar_type() != ScalarType::Float) {
@@ -233,6 +245,13 @@ struct Problem {
   }
 };
 
+void expect_dims(const Tensor& query, int64_t dims) {
+  if (query.dim() != dims) {
+    throw std::invalid_argument("query: expected " + std::to_string(dims) + " dimensions, got " +
+                                std::to_string(query.dim()));
+  }
+}
+
 std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64_t batch, int64_t size) {
   std::vector<int64_t> result(batch, size);
   if (lengths.has_value()) {
@@ -240,8 +259,8 @@ std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64
       throw std::invalid_argument("query_lengths, key_lengths: expected one int64 for each sequence");
     }
     const Tensor dense = torch::stable::contiguous(*lengths);
-    const int64_t* data = static_cast<const int64_t*>(dense.const_data_ptr());
-    for (int64_t b = 0; b < batch; ++b) result[b] = std::clamp<int64_t>(data[b], 0, size);
+    const int64_t* values = data<int64_t>(dense);
+    for (int64_t b = 0; b < batch; ++b) result[b] = std::clamp<int64_t>(values[b], 0, size);
   }
   return result;
 }
@@ -249,6 +268,7 @@ std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64
 Problem padded_problem(const Tensor& query, const Tensor& key, const Tensor& value, const TermArguments& terms,
                        const std::optional<Tensor>& query_lengths, const std::optional<Tensor>& key_lengths,
                        bool is_causal, double scale) {
+  expect_dims(query, 4);
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), columns = key.size(2);
   const int64_t width = query.size(3);
   Problem p(query, key, value, is_causal, scale);
@@ -268,15 +288,16 @@ Problem padded_problem(const Tensor& query, const Tensor& key, const Tensor& val
 
 Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const TermArguments& terms,
                        const Tensor& cu_seqlens, int64_t max_seqlen, bool is_causal, double scale) {
+  expect_dims(query, 3);
   const int64_t tokens = query.size(0), heads = query.size(1), width = query.size(2);
   Problem p(query, key, value, is_causal, scale);
   p.token_stride = heads * width, p.query_head_stride = p.key_head_stride = width;
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
-  const int32_t* data = static_cast<const int32_t*>(starts.const_data_ptr());
+  const int32_t* bounds = data<int32_t>(starts);
   const int64_t count = starts.numel() - 1;
-  bool valid = count >= 0 && starts.scalar_type() == ScalarType::Int && data[0] == 0 && data[count] == tokens;
+  bool valid = count >= 0 && starts.scalar_type() == ScalarType::Int && bounds[0] == 0 && bounds[count] == tokens;
   for (int64_t b = 0; valid && b < count; ++b) {
-    const int64_t start = data[b], length = data[b + 1] - start;
+    const int64_t start = bounds[b], length = bounds[b + 1] - start;
     valid = length >= 0 && length <= max_seqlen;
     p.sequences.push_back({length, length, start * heads * width, start * heads * width, start, start});
   }
@@ -306,13 +327,6 @@ std::vector<Unit> blocks_of(const Problem& p, int64_t Sequence::* length) {
     }
   }
   return units;
-}
-
-template <class F>
-void for_all(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) f(u);
-  });
 }
 
 // Buckets of all pairs of some query rows and some keys, in every channel.
@@ -394,11 +408,11 @@ class FloatRows {
 // ---- Forward
 
 template <class T>
-void forward_unit(const Problem& p, const Unit& unit, T* output, float* logsumexp) {
+void forward_unit(const Problem& p, const Unit& unit, T* output, double* logsumexp) {
   const Sequence& s = *unit.sequence;
   const int64_t keys = p.visible(s, unit.last - 1);
   const Buckets buckets(p, s, unit.first, unit.last, 0, keys);
-  const T *query = Term::data<T>(p.query), *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
+  const T *query = data<T>(p.query), *key = data<T>(p.key), *value = data<T>(p.value);
   std::vector<float> scores(keys), q(p.width), attended(p.width), scratch(p.width);
   FloatRows<T> key_rows, value_rows;
   for (int64_t h = 0; h < p.heads; ++h) {
@@ -418,12 +432,12 @@ void forward_unit(const Problem& p, const Unit& unit, T* output, float* logsumex
 std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& query) {
   using namespace torch::stable;
   std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end() - 1);
-  Tensor logsumexp = new_empty(query, sizes, ScalarType::Float);
+  Tensor logsumexp = new_empty(query, sizes, ScalarType::Double);
   ContiguousOutput output(empty_like(query));
   zero_(const_cast<Tensor&>(output.buffer()));
   fill_(logsumexp, -kInfinity);
   const std::vector<Unit> units = blocks_of(p, &Sequence::rows);
-  float* sums = static_cast<float*>(logsumexp.mutable_data_ptr());
+  double* sums = static_cast<double*>(logsumexp.mutable_data_ptr());
   dispatch_float(query.scalar_type(), "query", [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(output.buffer().mutable_data_ptr());
@@ -438,7 +452,7 @@ std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& query) {
 template <class T>
 struct Upstream {
   const T *grad, *output;
-  const float* logsumexp;
+  const double* logsumexp;
 };
 
 // One query row as float, and what the backward makes of it and a run of keys.
@@ -451,9 +465,9 @@ class QueryRow {
   template <class T>
   bool compute(const Problem& p, const Upstream<T>& up, const Buckets& buckets, int64_t head, int64_t i, int64_t row,
                Rows keys, Rows values, int64_t count) {
-    const float logsumexp = up.logsumexp[row / width_];
+    const double logsumexp = up.logsumexp[row / width_];
     if (logsumexp == -kInfinity) return false;
-    load_row(Term::data<T>(p.query) + row, query.data(), width_);
+    load_row(data<T>(p.query) + row, query.data(), width_);
     load_row(up.grad + row, grad.data(), width_);
     load_row(up.output + row, output_.data(), width_);
     buckets.sum_tables(head, i, count, weights.data());
@@ -475,7 +489,7 @@ void query_unit(const Problem& p, const Unit& unit, const Upstream<T>& up, T* gr
   const Sequence& s = *unit.sequence;
   const int64_t keys = p.visible(s, unit.last - 1);
   const Buckets buckets(p, s, unit.first, unit.last, 0, keys);
-  const T *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
+  const T *key = data<T>(p.key), *value = data<T>(p.value);
   QueryRow r(keys, p.width);
   FloatRows<T> key_rows, value_rows;
   for (int64_t h = 0; h < p.heads; ++h) {
@@ -499,7 +513,7 @@ void key_unit(const Problem& p, const Unit& unit, const Upstream<T>& up, T* grad
   const Sequence& s = *unit.sequence;
   const int64_t keys = unit.last - unit.first, size = keys * p.width;
   const int64_t first_row = p.is_causal ? std::clamp<int64_t>(unit.first - p.shift, 0, s.rows) : 0;
-  const T *key = Term::data<T>(p.key), *value = Term::data<T>(p.value);
+  const T *key = data<T>(p.key), *value = data<T>(p.value);
   QueryRow r(keys, p.width);
   std::vector<float> key_sums(p.heads * size, 0.0f), value_sums(key_sums), key_part(size), value_part(size);
   FloatRows<T> key_rows, value_rows;
@@ -541,7 +555,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   const ScalarType dtype = query.scalar_type();
   if (!grad.sizes().equals(query.sizes()) || !output.sizes().equals(query.sizes()) || grad.scalar_type() != dtype ||
       output.scalar_type() != dtype || logsumexp.numel() * p.width != query.numel() ||
-      logsumexp.scalar_type() != ScalarType::Float) {
+      logsumexp.scalar_type() != ScalarType::Double) {
     throw std::invalid_argument("grad, output, logsumexp: expected the shapes and dtypes that the forward gave");
   }
   const Tensor dense_grad = contiguous(grad), dense_output = contiguous(output), lse = contiguous(logsumexp);
@@ -555,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
 
   dispatch_float(query.scalar_type(), "query", [&](auto type) {
     using T = decltype(type);
-    const Upstream<T> up{Term::data<T>(dense_grad), Term::data<T>(dense_output), Term::data<float>(lse)};
+    const Upstream<T> up{data<T>(dense_grad), data<T>(dense_output), data<double>(lse)};
     const auto pointer = [](const ContiguousOutput& out, bool needed) {
       return needed ? static_cast<T*>(out.buffer().mutable_data_ptr()) : nullptr;
     };

@@ -248,3 +248,28 @@ def test_export() -> None:
     x = torch.randn(11, 12)
     for one, other in zip(module(x), program.module()(x), strict=True):
         assert torch.equal(one, other)
+
+
+def test_forward_mode_and_torch_func_run_in_the_reference():
+    x, codebooks = torch.randn(3, 4), torch.randn(2, 5, 4)
+
+    def quantized(x, impl="auto"):
+        return residual_quantize(x, codebooks, impl=impl).quantized
+
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(quantized(dual)).tangent, tangent)
+        with pytest.raises(ValueError, match="forward-mode derivatives run in the reference only"):
+            quantized(dual, impl="cpu")
+    torch.testing.assert_close(torch.func.jvp(quantized, (x,), (tangent,))[1], tangent)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("code", [-2, 5])
+def test_compiled_code_refuses_wrong_codes_too(code, impl):
+    decode = torch.compile(lambda c, b: residual_decode(c, b, impl=impl), backend="aot_eager")
+    codebooks = torch.randn(2, 5, 4)
+    assert decode(torch.tensor([[0, -1]]), codebooks).shape == (1, 4)
+    with pytest.raises((IndexError, RuntimeError), match="codes: "):
+        decode(torch.tensor([[code, 0]]), codebooks)

@@ -9,6 +9,7 @@ from bbqrec_kernels import similarity_attention, similarity_attention_varlen
 from bbqrec_kernels.testing import (
     GRADIENT_GATES,
     LAYOUTS,
+    GradientGate,
     assert_gradient,
     assert_within_budget,
     poisoned_outputs,
@@ -21,7 +22,7 @@ ALL_KINDS = ("prefix", "matches", "cosine", "gap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(inputs: AttentionInputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def check(inputs: AttentionInputs, dtype: torch.dtype, gate: GradientGate | None = None) -> dict[str, torch.Tensor]:
     """Compares output and every gradient with float64, and returns the kernel's gradients."""
     actual, plain = inputs.to(dtype).require_grad(), inputs.to(dtype).require_grad()
     oracle = inputs.to(dtype).to(torch.float64).require_grad()
@@ -43,7 +44,7 @@ def check(inputs: AttentionInputs, dtype: torch.dtype) -> dict[str, torch.Tensor
             gradients[name],
             plain_gradients[name],
             expected_gradients[name],
-            gate=GRADIENT_GATES[dtype],
+            gate=gate or GRADIENT_GATES[dtype],
         )
     return gradients
 
@@ -216,6 +217,46 @@ def test_forbidden_buckets(impl: str) -> None:
     assert (gradients["table0"][:, :, 1:] == 0).all()
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_out_of_rows_that_do_not_see_them(poison: float, name: str, impl: str) -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=6, columns=4, kinds=("prefix",), is_causal=True).require_grad()
+    with torch.no_grad():
+        inputs.tensors[name][0, 0, 2] = poison
+    output = inputs.attend(impl)
+    bad = ~output[0, 0].isfinite().all(-1)
+    assert bad.tolist()[:4] == [False] * 4  # the first two rows see no key at all
+    assert (output[0, 0, :2] == 0).all()
+    assert bad.tolist()[4:] == [True, True] or poison == torch.inf  # a score of -inf is no more than a forbidden pair
+    grad = torch.ones_like(output)
+    grad[0, 0, 4:] = 0
+    with torch.no_grad():
+        inputs.tensors[name][0, 0, 2] = 0
+    clean = inputs.attend(impl)[0, 0, :4]
+    assert torch.equal(clean, output[0, 0, :4])
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_gradients_of_rows_that_see_no_nan_are_finite(impl: str) -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=4, kinds=("prefix",), is_causal=True).require_grad()
+    with torch.no_grad():
+        inputs.tensors["key"][0, 0, 3] = inputs.tensors["value"][0, 0, 3] = torch.nan
+    output = inputs.attend(impl)
+    assert output[0, 0].isnan().any(-1).tolist() == [False, False, False, True]
+    gradients = inputs.gradients(output, torch.ones_like(output), ["query"])
+    assert gradients["query"][0, 0].isnan().any(-1).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("scaled", ["query", "table0"])
+def test_large_scores_keep_the_budgets(scaled: str) -> None:
+    """The difference of two large numbers, a score and the logsumexp, must not lose what the forward knew."""
+    inputs = random_inputs(batch=8, heads=4, rows=64, kinds=("prefix",), is_causal=True)
+    change = (lambda t: t * 1000) if scaled == "query" else (lambda t: t + 1e4)
+    inputs = replace(inputs, tensors={**inputs.tensors, scaled: change(inputs.tensors[scaled])})
+    check(inputs, torch.float32, GradientGate(relative_l2=2e-3, cosine=1 - 1e-5))  # float32 rounds such scores by 1e-4
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

@@ -74,7 +74,12 @@ WRONG = {
     "terms": (
         lambda: attend(terms=TABLE),
         TypeError,
-        "terms: got Tensor, expected what prefix, matches, cosine, gap return",
+        "terms: got Tensor, expected what prefix, matches, cosine, gap return, or a list of it",
+    ),
+    "list of terms": (
+        lambda: attend(terms=[TABLE]),
+        TypeError,
+        "terms: got a Tensor, expected what prefix, matches, cosine, gap return",
     ),
     "too many channels": (
         lambda: attend(terms=[prefix(CODES.expand(2, 5, 5, 4), TABLE.expand(5, 3, 5))] * 2),
@@ -161,6 +166,44 @@ WRONG = {
         ValueError,
         "max_seqlen: got 2, expected at least 3, the longest sequence of cu_seqlens",
     ),
+    "size of max_seqlen": (
+        lambda: attend_packed(max_seqlen=2**40),
+        ValueError,
+        "max_seqlen: got 1099511627776, expected 0 to 2**31 - 1",
+    ),
+    "kind of is_causal": (lambda: attend(is_causal="no"), TypeError, "is_causal: got str, expected a bool"),
+    "kind of scale": (lambda: attend_packed(scale="a"), TypeError, "scale: got str, expected a float"),
+    "number as terms": (
+        lambda: attend(terms=5),
+        TypeError,
+        "terms: got int, expected what prefix, matches, cosine, gap return, or a list of it",
+    ),
+    "mapping as terms": (
+        lambda: attend(terms={}),
+        TypeError,
+        "terms: got dict, expected what prefix, matches, cosine, gap return, or a list of it",
+    ),
+    "sparse query": (
+        lambda: attend(query=QUERY.to_sparse()),
+        TypeError,
+        "query: got layout sparse_coo, expected a dense tensor; convert it with .to_dense()",
+    ),
+    "dimensions of key_vectors": (
+        lambda: cosine(CODES.float(), TABLE, key_vectors=torch.zeros(4)),
+        ValueError,
+        "key_vectors: got shape (4,), expected 4 dimensions like vectors",
+    ),
+    "dimensions of key_positions": (
+        lambda: gap(CODES[..., 0], TABLE, key_positions=torch.tensor(3)),
+        ValueError,
+        "key_positions: got shape (), expected 3 dimensions like positions",
+    ),
+    "kind of codebook_size": (lambda: pack(CODES, 4.0), TypeError, "codebook_size: got float, expected an int"),
+    "largest codebook_size": (
+        lambda: pack(CODES, 2**63 - 1),
+        ValueError,
+        "codebook_size: got 9223372036854775807, expected at least 1 and less than 2**62",
+    ),
     "kind of max_seqlen": (
         lambda: attend_packed(max_seqlen=3.0),
         TypeError,
@@ -217,7 +260,7 @@ WRONG = {
         ValueError,
         "codes: got 4, expected codes below codebook_size=4",
     ),
-    "codebook_size": (lambda: pack(CODES, 0), ValueError, "codebook_size: got 0, expected at least 1"),
+    "codebook_size": (lambda: pack(CODES, 0), ValueError, "codebook_size: got 0, expected at least 1 and less"),
     "dimensions of bias": (
         lambda: gap(CODES[..., 0], TABLE[0]),
         ValueError,

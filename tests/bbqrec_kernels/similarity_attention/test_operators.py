@@ -1,9 +1,12 @@
 """What PyTorch asks of operators: opcheck, compile, export, autocast, double backward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bbqrec_kernels import gap, prefix, similarity_attention, similarity_attention_varlen
+from bbqrec_kernels import gap, pack, prefix, similarity_attention, similarity_attention_varlen
 from bbqrec_kernels.similarity_attention import api, ops
 from bbqrec_kernels.testing import poisoned_outputs, with_layout
 from bbqrec_kernels.testing.similarity_attention import random_inputs, random_packed_inputs
@@ -84,6 +87,91 @@ def test_reference_compiles_whole() -> None:
     torch.testing.assert_close(compiled(*arguments), attend(*arguments))
 
 
+def test_one_compiled_graph_serves_all_lengths() -> None:
+    """Sequences differ from batch to batch: neither their number nor the longest may compile again without end."""
+
+    def attend(query, codes, table, cu_seqlens, max_seqlen):
+        term = prefix(codes, table, codebook_size=4)
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "is_causal": True}
+        return similarity_attention_varlen(query, query, query, term, **options)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for length in range(2, 14):
+        inputs = random_packed_inputs([length, 3, length + 1], kinds=("prefix",))
+        arguments = (inputs.tensors["query"], inputs.compared[0][0], inputs.tensors["table0"], inputs.cu_seqlens)
+        assert torch.equal(compiled(*arguments, length + 1), attend(*arguments, length + 1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_padded_attention_compiles_for_all_shapes() -> None:
+    def attend(query, key, codes, key_codes, table):
+        term = prefix(codes, table, key_codes=key_codes, codebook_size=4)
+        return similarity_attention(query, key, key, term, is_causal=True)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, columns in ((3, 5), (5, 4), (7, 9), (8, 8)):
+        inputs = random_inputs(rows=rows, columns=columns, kinds=("prefix",)).require_grad()
+        arguments = (inputs.tensors["query"], inputs.tensors["key"], *inputs.compared[0], inputs.tensors["table0"])
+        expected, actual = attend(*arguments), compiled(*arguments)
+        assert torch.equal(actual, expected)
+        leaves = [a for a in arguments if a.requires_grad]
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (expected, actual)]
+        assert all(map(torch.equal, *gradients))
+
+
+def test_torch_func_and_forward_mode_run_in_the_reference() -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=3, width=2, kinds=("prefix",))
+    query, key = inputs.tensors["query"], inputs.tensors["key"]
+
+    def attend(query: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+        return similarity_attention(query, key, key, inputs.terms(), impl=impl)
+
+    jacobian = torch.autograd.functional.jacobian(attend, query)
+    tangent = torch.randn_like(query)
+    expected = torch.einsum("abcdefgh,efgh->abcd", jacobian, tangent)
+    torch.testing.assert_close(torch.func.jvp(attend, (query,), (tangent,))[1], expected)
+    torch.testing.assert_close(torch.func.jacrev(attend)(query), jacobian)
+    torch.testing.assert_close(torch.func.jacfwd(attend)(query), jacobian)
+    queries = torch.randn(4, *query.shape)
+    torch.testing.assert_close(torch.vmap(attend)(queries), torch.stack([attend(q) for q in queries]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(attend(dual)).tangent, expected)
+        with pytest.raises(ValueError, match="cannot run as 'cpu': forward-mode derivatives run in the reference only"):
+            attend(dual, impl="cpu")
+    with pytest.raises(ValueError, match=r"cannot run as 'cpu': torch.func transforms \(vmap, grad, jvp\) run in the"):
+        torch.func.jacrev(lambda q: attend(q, impl="cpu"))(query)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_meta_and_fake_tensors_have_shapes(packed: bool, impl: str) -> None:
+    inputs = random_packed_inputs([3, 4], kinds=ALL_KINDS) if packed else random_inputs(kinds=ALL_KINDS)
+
+    def attend(convert) -> torch.Tensor:
+        tensors = {name: convert(tensor) for name, tensor in inputs.tensors.items()}
+        compared = tuple((convert(left), convert(right)) for left, right in inputs.compared)
+        moved = replace(inputs, tensors=tensors, compared=compared)
+        if not packed:
+            return moved.attend(impl)
+        packing = {"cu_seqlens": convert(inputs.cu_seqlens), "max_seqlen": 4}
+        return similarity_attention_varlen(
+            *(tensors[name] for name in ("query", "key", "value")), moved.terms(), **packing, impl=impl
+        )
+
+    assert attend(lambda t: t.to("meta")).shape == inputs.tensors["query"].shape
+    with FakeTensorMode() as mode:
+        assert attend(mode.from_tensor).shape == inputs.tensors["query"].shape
+
+
+def test_the_logsumexp_has_no_derivative() -> None:
+    inputs = random_inputs(kinds=()).require_grad()
+    output, logsumexp = ops.similarity_attention(*arguments_of(inputs, "contiguous", None, None, True, 1.0))
+    assert output.requires_grad
+    assert not logsumexp.requires_grad
+
+
 def test_exports() -> None:
     class Attention(torch.nn.Module):
         def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -141,6 +229,10 @@ def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
         "biases": (3, arguments[3][:-1]),
         "terms": (4, [arguments[4][0][:1]]),
         "buckets": (9, [7]),
+        "length of bits": (8, []),
+        "bits": (8, [65]),
+        "kind": (7, [9]),
+        "query": (0, arguments[0][0]),
         "query_lengths": (10, torch.tensor([4])),
         "dtype of query_lengths": (10, torch.tensor([4.0, 4.0])),
     }
@@ -155,6 +247,18 @@ def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="grad, output, logsumexp: expected"):
             ops.similarity_attention_backward(grad, result, sums, *arguments, True, True, True, True)
+
+
+def test_words_with_bits_above_the_levels_stay_inside_the_table() -> None:
+    """`PackedCodes` is a tuple that anyone can take apart: wrong words may give wrong buckets, but no wrong address."""
+    packed = pack(torch.zeros(1, 2, 1, 2, dtype=torch.int64), 3)
+    query = torch.randn(1, 1, 2, 8)
+    table = torch.tensor([[[-1.0, -2.0, -3.0]]], requires_grad=True)
+    broken = prefix(packed._replace(key=packed.key + (1 << 62)), table)
+    own = prefix(packed, table)
+    output = similarity_attention(query, query, query, [broken], impl="cpu")
+    output[..., 0].sum().backward()
+    assert torch.equal(output, similarity_attention(query, query, query, own, impl="cpu"))  # all levels agree
 
 
 def test_direct_calls_with_sequences_that_do_not_fit_are_refused() -> None:

@@ -22,11 +22,13 @@ from bbqrec.tokenizer.losses import GaussianNetwork, info_nce
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec_kernels import residual_quantize
 
-BEHAVIOUR = "behaviour"
+BEHAVIOUR = -1  # its index among the sources of codes: after the modalities
 
 
 class Tokenizer(nn.Module):
     """Learns semantic IDs from features and histories.
+
+    Modules and methods know a modality by its index `m` in `modalities`: a name may hold any character.
 
     Args:
         features: the feature sets to use, by modality.
@@ -39,34 +41,35 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.modalities = tuple(features)
-        self.encoders, self.specific, self.decoders = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.mutual_information = nn.ModuleDict()  # trained by their own optimizer: see `estimator_loss`
-        for name, feature in features.items():
+        self.encoders, self.specific, self.decoders = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.mutual_information = nn.ModuleList()  # trained by their own optimizer: see `estimator_loss`
+        for m, feature in enumerate(features.values()):
             values, present = standardize(feature)
-            self.register_buffer(f"features_{name}", values, persistent=False)
-            self.register_buffer(f"present_{name}", present, persistent=False)
+            self.register_buffer(f"features_{m}", values, persistent=False)
+            self.register_buffer(f"present_{m}", present, persistent=False)
             width = values.shape[1]
-            self.encoders[name] = encoder(width, config.hidden, config.dim)
+            self.encoders.append(encoder(width, config.hidden, config.dim))
             if config.disentangle:
-                self.specific[name] = encoder(width, config.hidden, config.dim)
+                self.specific.append(encoder(width, config.hidden, config.dim))
                 if config.club_weight > 0:
-                    self.mutual_information[name] = GaussianNetwork(config.dim, config.dim, config.hidden)
-            self.decoders[name] = mlp((1 + config.disentangle) * config.dim, config.hidden, width)
+                    self.mutual_information.append(GaussianNetwork(config.dim, config.dim, config.hidden))
+            self.decoders.append(mlp((1 + config.disentangle) * config.dim, config.hidden, width))
         self.behaviour = nn.Embedding(n_items, config.dim)
         sources = 1 if config.shared_codebooks else len(self.modalities) + 1
         self.codebooks = nn.Parameter(torch.zeros(sources, config.levels, config.codebook_size, config.dim))
         self.history_encoder = CausalTransformer(config.dim, layers=1, heads=2, dropout=0.1, max_length=max_length)
 
-    def features(self, name: str) -> Tensor:
-        return getattr(self, f"features_{name}")
+    def features(self, m: int) -> Tensor:
+        """`(n_items, F)`, standardized."""
+        return getattr(self, f"features_{m}")
 
-    def present(self, name: str) -> Tensor:
-        return getattr(self, f"present_{name}")
+    def present(self, m: int) -> Tensor:
+        """`(n_items,)` bool."""
+        return getattr(self, f"present_{m}")
 
-    def codebook(self, name: str) -> Tensor:
-        """`(L, K, d)`: the shared codebooks, or those of one modality (or of `behaviour`)."""
-        index = 0 if len(self.codebooks) == 1 else (*self.modalities, BEHAVIOUR).index(name)
-        return self.codebooks[index]
+    def codebook(self, m: int) -> Tensor:
+        """`(L, K, d)`: the shared codebooks, or those of modality `m` or of `BEHAVIOUR`."""
+        return self.codebooks[0 if len(self.codebooks) == 1 else m]
 
     def behaviour_vectors(self) -> Tensor:
         """`(n_items, d)`, on the scale of the encoders' outputs: they share codebooks."""
@@ -75,12 +78,10 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def initialize_codebooks(self, generator: torch.Generator) -> None:
         """Residual k-means over the encoders' present outputs: all modalities together where codebooks are shared."""
-        vectors = {m: self.encoders[m](self.features(m)[self.present(m)]) for m in self.modalities}
-        vectors[BEHAVIOUR] = self.behaviour_vectors()
+        pools = [encode(self.features(m)[self.present(m)]) for m, encode in enumerate(self.encoders)]
+        pools.append(self.behaviour_vectors())
         if len(self.codebooks) == 1:
-            pools = [torch.cat(list(vectors.values()))]
-        else:
-            pools = list(vectors.values())
+            pools = [torch.cat(pools)]
         for codebooks, pool in zip(self.codebooks, pools, strict=True):
             codebooks.copy_(residual_kmeans(pool, *codebooks.shape[:2], generator=generator))
 
@@ -92,40 +93,39 @@ class Tokenizer(nn.Module):
             batch: packed histories with their targets.
         """
         config, losses = self.config, {}
-        aligned = {}  # name → (ẑ (N, d), mask (N,))
-        for name in self.modalities:
-            mask = self.present(name)[items]
+        aligned = []  # for each modality: ẑ (N, d), zero where absent, and mask (N,)
+        for m in range(len(self.modalities)):
+            mask = self.present(m)[items]
             rows = items[mask]
             if len(rows) == 0:  # nothing to average over
-                aligned[name] = self.codebooks.new_zeros(len(items), config.dim), mask
+                aligned.append((self.codebooks.new_zeros(len(items), config.dim), mask))
                 continue
-            x = self.features(name)[rows]
-            z = self.encoders[name](x)
-            quantized = self._quantize(z, name, losses)
+            x = self.features(m)[rows]
+            z = self.encoders[m](x)
+            quantized = self._quantize(z, m, losses)
             parts = [quantized]
             if config.disentangle:
-                u = self.specific[name](x)
+                u = self.specific[m](x)
                 parts.append(u)
-                if name in self.mutual_information:
+                if self.mutual_information:
                     # Information is never negative: below zero, the estimator lags, and there is nothing to minimize.
-                    bound = self.mutual_information[name].upper_bound(z, u).clamp_min(0)
+                    bound = self.mutual_information[m].upper_bound(z, u).clamp_min(0)
                     _add(losses, "club", config.club_weight, bound)
-            reconstruction = self.decoders[name](torch.cat(parts, -1))
+            reconstruction = self.decoders[m](torch.cat(parts, -1))
             _add(losses, "reconstruction", config.reconstruction_weight, F.mse_loss(reconstruction, x))
             full = quantized.new_zeros(len(items), config.dim).index_put((mask.nonzero()[:, 0],), quantized)
-            aligned[name] = full, mask
+            aligned.append((full, mask))
         behaviour = self.behaviour_vectors()[items]
-        aligned[BEHAVIOUR] = self._quantize(behaviour, BEHAVIOUR, losses), torch.ones_like(items, dtype=torch.bool)
+        self._quantize(behaviour, BEHAVIOUR, losses)  # for its loss: the contrasts compare the vectors themselves
 
         if config.item_contrast_weight > 0:
-            views = {**aligned, BEHAVIOUR: (behaviour, aligned[BEHAVIOUR][1])}
-            pairs = list(combinations(views.values(), 2))
+            pairs = list(combinations([*aligned, (behaviour, torch.ones_like(items, dtype=torch.bool))], 2))
             for (left, left_mask), (right, right_mask) in pairs:
                 both = left_mask & right_mask
                 loss = info_nce(left[both], right[both], config.temperature)
                 _add(losses, "item_contrast", config.item_contrast_weight / len(pairs), loss)
         if config.sequence_contrast_weight > 0:
-            content = torch.stack([aligned[m][0] for m in self.modalities]).sum(0) + behaviour  # (N, d)
+            content = torch.stack([quantized for quantized, _ in aligned]).sum(0) + behaviour  # (N, d)
             history = self.history_encoder(content[torch.searchsorted(items, batch.items)], batch)
             target = torch.searchsorted(items, batch.targets)
             loss = info_nce(history, content, config.temperature, positives=target)
@@ -135,12 +135,12 @@ class Tokenizer(nn.Module):
     def estimator_loss(self, items: Tensor) -> Tensor:
         """Negative log likelihood of `q(u | z)`, for the optimizer of the CLUB estimators only."""
         total = self.codebooks.new_zeros(())
-        for name, estimator in self.mutual_information.items():
-            x = self.features(name)[items[self.present(name)[items]]]
+        for m, estimator in enumerate(self.mutual_information):
+            x = self.features(m)[items[self.present(m)[items]]]
             if len(x) == 0:
                 continue
             with torch.no_grad():
-                z, u = self.encoders[name](x), self.specific[name](x)
+                z, u = self.encoders[m](x), self.specific[m](x)
             total = total - estimator.log_likelihood(z, u).mean()
         return total
 
@@ -148,15 +148,15 @@ class Tokenizer(nn.Module):
     def semantic_ids(self) -> SemanticIDs:
         """Codes of the whole catalogue, -1 where an item lacks the modality."""
         codes = []
-        for name in self.modalities:
-            found = residual_quantize(self.encoders[name](self.features(name)), self.codebook(name)).codes
-            codes.append(found.masked_fill(~self.present(name)[:, None], -1))
+        for m, encode in enumerate(self.encoders):
+            found = residual_quantize(encode(self.features(m)), self.codebook(m)).codes
+            codes.append(found.masked_fill(~self.present(m)[:, None], -1))
         books = self.codebooks if len(self.codebooks) == 1 else self.codebooks[: len(self.modalities)]
         return SemanticIDs(self.modalities, torch.stack(codes, 1).cpu(), books.detach().cpu().clone())
 
-    def _quantize(self, z: Tensor, name: str, losses: dict[str, Tensor]) -> Tensor:
+    def _quantize(self, z: Tensor, m: int, losses: dict[str, Tensor]) -> Tensor:
         config = self.config
-        result = residual_quantize(z, self.codebook(name))
+        result = residual_quantize(z, self.codebook(m))
         loss = result.codebook_loss.sum() + config.commitment_weight * result.commitment_loss.sum()
         _add(losses, "quantization", config.quantization_weight, loss)
         return result.quantized

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bbqrec_kernels import residual_decode
 
+CODES = "codes/"  # prefix of a modality's column in the table: it may be called `title`
+
 
 @dataclass(frozen=True)
 class SemanticIDs:
@@ -73,10 +75,14 @@ class SemanticIDs:
         return " · ".join([*parts, f"#{item}"])
 
     def save_table(self, path: str | Path, item_ids: list[str], titles: list[str]) -> None:
-        """Writes parquet: `item`, `title`, and a list column of codes for each modality."""
+        """Writes parquet: `item`, `title`, a list column `codes/<modality>` for each modality, and `number`.
+
+        The item's own number is the last part of its semantic ID, so that no two items share one.
+        """
         columns = {"item": item_ids, "title": titles}
         for m, name in enumerate(self.modalities):
-            columns[name] = self.codes[:, m].tolist()
+            columns[f"{CODES}{name}"] = self.codes[:, m].tolist()
+        columns["number"] = range(len(item_ids))
         pl.DataFrame(columns).write_parquet(path)
 
 

@@ -3,7 +3,7 @@
 config.yaml            every option of the run
 run.json               data set (name, path, fingerprint), versions, time
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
-semantic_ids.parquet   one row an item: id, title, codes of every modality
+semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
 model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
 metrics.json           validation and test metrics, figures of the tokenizer
 curves.png, codebooks.png
@@ -32,7 +32,7 @@ from bbqrec.data.dataset import Dataset
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
-from bbqrec.tokenizer.semantic_ids import SemanticIDs
+from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Run:
         """Codes of every item and the trained codebooks; None for a model without."""
         if not self.model.has_semantic_ids:
             return None
-        names = tuple(c for c in self.items.columns if c not in ("item", "title"))
+        names = tuple(c.removeprefix(CODES) for c in self.items.columns if c.startswith(CODES))
         return SemanticIDs(names, self.model.codes, self.model.codebooks.detach())
 
     def evaluate(self, split: str = "test", *, keep_history: bool = False) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Semantic IDs: figures by hand, text, table, decoding."""
 
 import math
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -40,15 +41,16 @@ def test_text(semantic_ids):
 
 
 def test_table(semantic_ids, tmp_path):
+    semantic_ids = replace(semantic_ids, modalities=("text", "title"))
     semantic_ids.save_table(tmp_path / "ids.parquet", list("abcd"), ["A", "B", "C", "D"])
     table = pl.read_parquet(tmp_path / "ids.parquet")
-    assert table.columns == ["item", "title", "text", "image"]
-    assert table.row(3) == ("d", "D", [1, 1], [-1, -1])
+    assert table.columns == ["item", "title", "codes/text", "codes/title", "number"]
+    assert table.row(3) == ("d", "D", [1, 1], [-1, -1], 3)
 
 
 def test_table_without_modalities(tmp_path):
     SemanticIDs.none(2).save_table(tmp_path / "ids.parquet", ["a", "b"], ["A", "B"])
-    assert pl.read_parquet(tmp_path / "ids.parquet").rows() == [("a", "A"), ("b", "B")]
+    assert pl.read_parquet(tmp_path / "ids.parquet").rows() == [("a", "A", 0), ("b", "B", 1)]
 
 
 @pytest.mark.parametrize("sources", [1, 2])

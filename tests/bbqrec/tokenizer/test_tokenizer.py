@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features
 from bbqrec.tokenizer.losses import info_nce
-from bbqrec.tokenizer.model import Tokenizer, standardize
+from bbqrec.tokenizer.model import BEHAVIOUR, Tokenizer, standardize
 
 N_ITEMS = 20
+TEXT, IMAGE = 0, 1  # indices in `features()`
 WEIGHTS = {
     "reconstruction": "reconstruction_weight",
     "quantization": "quantization_weight",
@@ -30,10 +31,11 @@ def features(seed=0, absent=()):
     return {"text": text, "image": Features(image, present)}
 
 
-def tokenizer(absent=(), **options):
+def tokenizer(absent=(), names=("text", "image"), **options):
     torch.manual_seed(0)
     options = {"levels": 2, "codebook_size": 4, "dim": 8, "hidden": 16, **options}
-    made = Tokenizer(features(absent=absent), N_ITEMS, TokenizerConfig(**options), max_length=12)
+    named = dict(zip(names, features(absent=absent).values(), strict=True))
+    made = Tokenizer(named, N_ITEMS, TokenizerConfig(**options), max_length=12)
     made.initialize_codebooks(torch.Generator().manual_seed(0))
     return made.eval()
 
@@ -61,13 +63,13 @@ def test_reconstruction_and_quantization_are_their_formulas(batch):
     losses = model.losses(ITEMS, batch)
     reconstruction = quantization = 0.0
     with torch.no_grad():
-        for name in ("text", "image"):
-            x = model.features(name)[ITEMS]
-            added, rests = quantize(model.encoders[name](x), model.codebook(name))
-            guess = model.decoders[name](torch.cat([added, model.specific[name](x)], 1))
+        for m in (TEXT, IMAGE):
+            x = model.features(m)[ITEMS]
+            added, rests = quantize(model.encoders[m](x), model.codebook(m))
+            guess = model.decoders[m](torch.cat([added, model.specific[m](x)], 1))
             reconstruction += (guess - x).square().mean().item()
             quantization += 1.25 * sum(rests).item()
-        quantization += 1.25 * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook("behaviour"))[1]).item()
+        quantization += 1.25 * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook(BEHAVIOUR))[1]).item()
     assert losses["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-4)
     assert losses["quantization"].item() == pytest.approx(quantization, rel=1e-4)
 
@@ -78,8 +80,8 @@ def test_contrasts_and_club_are_their_formulas(batch):
     options = model.config
     with torch.no_grad():
         behaviour = model.behaviour_vectors()[ITEMS]
-        z = {name: model.encoders[name](model.features(name)[ITEMS]) for name in ("text", "image")}
-        text, image = (quantize(z[name], model.codebook(name))[0] for name in ("text", "image"))
+        z = [model.encoders[m](model.features(m)[ITEMS]) for m in (TEXT, IMAGE)]
+        text, image = (quantize(z[m], model.codebook(m))[0] for m in (TEXT, IMAGE))
         pairs = [(text, image), (text, behaviour), (image, behaviour)]
         item = sum(info_nce(left, right, options.temperature) for left, right in pairs) / 3
         content = text + image + behaviour
@@ -89,10 +91,8 @@ def test_contrasts_and_club_are_their_formulas(batch):
         scores = F.normalize(history, dim=1) @ F.normalize(content, dim=1).T / options.temperature
         sequence = F.cross_entropy(scores, torch.tensor([row[i] for i in batch.targets.tolist()]))
         club = sum(
-            model.mutual_information[name]
-            .upper_bound(z[name], model.specific[name](model.features(name)[ITEMS]))
-            .relu()
-            for name in z
+            model.mutual_information[m].upper_bound(z[m], model.specific[m](model.features(m)[ITEMS])).relu()
+            for m in (TEXT, IMAGE)
         )
     assert losses["item_contrast"].item() == pytest.approx(options.item_contrast_weight * item.item(), rel=1e-4)
     assert losses["sequence_contrast"].item() == pytest.approx(
@@ -139,13 +139,17 @@ def test_disentangling_off_has_no_specific_part(batch):
 def test_separate_codebooks():
     model = tokenizer(shared_codebooks=False)
     assert model.codebooks.shape == (3, 2, 4, 8)
-    assert model.codebook("behaviour") is not model.codebook("text")
-    assert not torch.equal(model.codebook("text"), model.codebook("image"))
+    text, image, behaviour = model.codebooks
+    assert torch.equal(model.codebook(TEXT), text)
+    assert torch.equal(model.codebook(IMAGE), image)
+    assert torch.equal(model.codebook(BEHAVIOUR), behaviour)
+    assert not torch.equal(text, image)
+    assert not torch.equal(image, behaviour)
     assert tokenizer().codebooks.shape == (1, 2, 4, 8)
     semantic_ids = model.semantic_ids()
     assert torch.equal(semantic_ids.codebooks, model.codebooks[:2])
-    z = model.encoders["image"](model.features("image"))
-    assert torch.equal(quantize(z, model.codebook("image"))[0], quantize(z, semantic_ids.codebooks[1])[0])
+    z = model.encoders[IMAGE](model.features(IMAGE))
+    assert torch.equal(quantize(z, model.codebook(IMAGE))[0], quantize(z, semantic_ids.codebooks[1])[0])
 
 
 def test_a_missing_modality_has_no_codes_and_no_say(batch):
@@ -155,11 +159,19 @@ def test_a_missing_modality_has_no_codes_and_no_say(batch):
     assert (semantic_ids.codes[absent, 1] == -1).all()
     assert (semantic_ids.codes[:, 0] >= 0).all()
     before = {name: loss.item() for name, loss in model.losses(ITEMS, batch).items()}
-    model.features("image")[absent] = 1e3
+    model.features(IMAGE)[absent] = 1e3
     after = {name: loss.item() for name, loss in model.losses(ITEMS, batch).items()}
     assert before == after
-    model.features("image")[0] += 1
+    model.features(IMAGE)[0] += 1
     assert model.losses(ITEMS, batch)["reconstruction"].item() != before["reconstruction"]
+
+
+@pytest.mark.parametrize("names", [("clip.v1", "type"), ("values", "train"), ("behaviour", ""), ("title", "item")])
+def test_names_of_modalities_change_nothing(names, batch):
+    usual, made = tokenizer(shared_codebooks=False), tokenizer(names=names, shared_codebooks=False)
+    assert made.semantic_ids().modalities == names
+    assert torch.equal(made.semantic_ids().codes, usual.semantic_ids().codes)
+    assert made.losses(ITEMS, batch) == usual.losses(ITEMS, batch)
 
 
 def test_a_batch_without_any_image_is_fine(batch):

@@ -65,7 +65,7 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
     assert table["item"].to_list() == tiny_data.item_ids
     assert run.semantic_ids.modalities == tuple(tiny_data.features)
     for m, name in enumerate(tiny_data.features):
-        assert table[name].to_list() == run.model.codes[:, m].tolist()
+        assert table[f"codes/{name}"].to_list() == run.model.codes[:, m].tolist()
     for name in ("curves.png", "codebooks.png"):
         assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
 

@@ -60,12 +60,12 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """Training of the sequence model."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**31 - 1)
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.5, ge=0, description="of AdamW: times the learning rate, each step")
+    weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
 
 
 class Config(Section):
@@ -78,11 +78,18 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
-        """Reads a YAML file. Raises `ValueError` naming the first wrong key or value."""
-        values = _read_yaml(Path(path).read_text(), str(path)) or {}
+        """Reads a YAML file. Raises `ValueError` naming the file and the first wrong key or value."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 text; save it in that encoding") from None
+        values = _read_yaml(text, str(path)) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{path}: got {type(values).__name__}, expected a mapping of options")
-        return cls.parse(values)
+        try:
+            return cls.parse(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Config:
@@ -93,7 +100,8 @@ class Config(Section):
             raise ValueError(_first_complaint(error)) from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
 
     def override(self, assignments: Iterable[str] | Mapping[str, Any]) -> Config:
         """A copy with `section.key=value` strings, or a mapping of dotted keys, applied; values are read as YAML."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import polars as pl
 
 from bbqrec import Config, Dataset, fit
+from bbqrec.evaluation.ranking import METRICS
 
-METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
 TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "bbqrec": "BBQRec"}
 
 

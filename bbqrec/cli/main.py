@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from bbqrec.serving.recommender import BBQRec
@@ -26,11 +28,25 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 KeepHistory = Annotated[bool, typer.Option("--keep-history", help="Leave items of the history among the candidates.")]
 
-METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
+
+class HistoryCommand(TyperCommand):
+    """Items of `--history` come first, those after it follow; an item before it would change places, and is refused."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        starts = [n for n, token in enumerate(args) if token.partition("=")[0] == "--history"]
+        if starts:
+            before, _, _ = self.make_parser(ctx).parse_args(args[: starts[-1]])
+            if before.get("items"):
+                raise typer.BadParameter("write all items after one --history, e.g. --history A B C or --history A,B,C")
+        return super().parse_args(ctx, args)
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(
+    function: Callable[..., None] | None = None, *, cls: type[TyperCommand] | None = None
+) -> Callable[..., Any]:
     """Registers a command whose expected errors are one sentence on stderr and exit code 1."""
+    if function is None:
+        return partial(command, cls=cls)
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -43,7 +59,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             typer.echo("Interrupted; the same command resumes.", err=True)
             raise typer.Exit(130) from None
 
-    return app.command()(guarded)
+    return app.command(cls=cls)(guarded)
 
 
 @command
@@ -90,12 +106,13 @@ def evaluate(
         _print_metrics({split: metrics}, candidates)
 
 
-@command
+@command(cls=HistoryCommand)
 def recommend(
     run: RunFolder,
     items: Annotated[list[str] | None, typer.Argument(help="Item ids of the history, oldest first.")] = None,
     history: Annotated[
-        list[str] | None, typer.Option("--history", help="Item ids, separated by commas; repeat to go on.")
+        list[str] | None,
+        typer.Option("--history", help="The same, separated by spaces or commas; it can be repeated."),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     keep_history: KeepHistory = False,
@@ -104,7 +121,7 @@ def recommend(
     """Recommend the next items of one history."""
     from bbqrec import BBQRec
 
-    given = [*(items or []), *(item.strip() for part in history or [] for item in part.split(",") if item.strip())]
+    given = [item.strip() for part in history or [] for item in part.split(",") if item.strip()] + (items or [])
     if not given:
         raise ValueError("history: no item given; name items, e.g. `bbqrec recommend RUN --history A,B`")
     model = BBQRec.load(run)
@@ -128,7 +145,10 @@ def demo(
     generated = make_demo_dataset(seed=seed)
     folder = out / "demo-shop"  # its name is the name of the data
     if not folder.exists():
-        generated.save(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".demo-shop.") as temporary:  # interrupted, nothing is left
+            generated.save(Path(temporary) / "demo-shop")
+            (Path(temporary) / "demo-shop").rename(folder)
     data = Dataset.load(folder)
     if data.fingerprint() != generated.fingerprint():
         raise ValueError(f"out: {out} holds the demo of another seed or version; choose another --out, or delete it")
@@ -203,6 +223,8 @@ def _print_recommendations(rows: list[dict[str, Any]], title: str) -> None:
 
 def _print_metrics(rows: dict[str, dict[str, float]], candidates: str) -> None:
     """A line for each row, and one for its cold targets (items that training never saw), where there are any."""
+    from bbqrec.evaluation.ranking import METRICS
+
     table = []
     for name, row in rows.items():
         table.append({"": name, "users": row["users"], **{key: f"{row[key]:.4f}" for key in METRICS}})
@@ -217,6 +239,8 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from bbqrec.evaluation.ranking import METRICS
+
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
         numeric = name in ("rank", "score", "users", *METRICS)
@@ -224,7 +248,8 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     # A pipe or a file has no width: nothing is cut or folded there.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    width = None if sys.stdout.isatty() else 10_000
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _print_json(value: Any) -> None:

@@ -15,6 +15,7 @@ from bbqrec.data.splits import Heldout
 
 RECALL_AT = (1, 5, 10, 20)
 NDCG_AT = (5, 10, 20)
+METRICS = (*(f"recall@{k}" for k in RECALL_AT), *(f"ndcg@{k}" for k in NDCG_AT))
 
 
 class Ranker(Protocol):

@@ -18,13 +18,14 @@ from bbqrec.data.dataset import Dataset, Features
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
-from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
 from bbqrec.training.modules import SequenceModule, TokenizerModule
-from bbqrec.training.run import Run, save_model, save_weights, versions, write_json
+from bbqrec.training.run import Run, damage_named, save_model, save_weights, versions, write_json
 from bbqrec.training.trainer import Stage, train
+from bbqrec_kernels.similarity_attention.api import MAX_HEAD_SIZE
 
 
 def fit(
@@ -58,6 +59,8 @@ def fit(
     if model is not None:
         config = config.override({"model_name": model})
     features = _chosen_features(data, config)
+    split = leave_one_out(data)
+    _check_options(data, features, split, config)
     run = _claim(Path(out), data, config)
     if run.finished:
         return run
@@ -67,7 +70,8 @@ def fit(
     started = time.perf_counter()
     widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
     say(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}")
-    split = leave_one_out(data)
+    if features and config.model.reweighting and config.model.cross_modal and len(features) ** 2 > MAX_CHANNELS:
+        say(f"model.cross_modal: no, attention takes {MAX_CHANNELS} channels, {len(features)} x {len(features)} needed")
     semantic_ids = _fit_tokenizer(run.folder, data, features, split, config, bars, say) if features else None
     sequence_model = _fit_sequence_model(run.folder, data, split, config, semantic_ids, bars, say)
 
@@ -102,6 +106,41 @@ def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:
             known = ", ".join(data.features) or "none"
             raise ValueError(f"tokenizer.modalities: got {name!r}, expected feature sets of {data.name}: {known}")
     return {name: data.features[name] for name in wanted}
+
+
+def _check_options(data: Dataset, features: dict[str, Features], split: Split, config: Config) -> None:
+    """Refuses what training would refuse, before there is a run folder that could not be used for other options."""
+    if not len(split.test):
+        raise ValueError(
+            f"data: no user of {data.name} has three interactions, so nothing can be held out; give more interactions"
+        )
+    if not (split.train.lengths > 1).any():
+        raise ValueError(
+            f"data: no user of {data.name} has two interactions left for training (four in all, as two are held out); "
+            "give more interactions"
+        )
+    model, tokenizer = config.model, config.tokenizer
+    _check_heads("model.dim", model.dim, model.heads, "model.heads")
+    if not features:
+        if not model.item_id:
+            raise ValueError("model.item_id: got false for a model without semantic IDs, so items have no vector")
+        return
+    if not (model.content or model.item_id):
+        raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
+    _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
+    channels = len(attention_channels(len(features), model.cross_modal))
+    if model.reweighting and channels > MAX_CHANNELS:
+        raise ValueError(
+            f"tokenizer.modalities: got {len(features)}, expected at most {MAX_CHANNELS} to reweight attention by; "
+            "choose fewer, or set model.reweighting=false"
+        )
+
+
+def _check_heads(option: str, dim: int, heads: int, what: str) -> None:
+    if dim % heads:
+        raise ValueError(f"{option}: got {dim}, expected a multiple of {heads} ({what})")
+    if dim // heads > MAX_HEAD_SIZE:
+        raise ValueError(f"{option}: got {dim}, expected at most {MAX_HEAD_SIZE * heads} ({MAX_HEAD_SIZE} a head)")
 
 
 def _claim(folder: Path, data: Dataset, config: Config) -> Run:
@@ -150,7 +189,8 @@ def _fit_tokenizer(
         module = TokenizerModule(tokenizer, config, batches)
         train(module, Stage(folder, "tokenizer", options.epochs), bars=bars)
         save_weights(tokenizer.state_dict(), weights)
-    tokenizer.load_state_dict(load_file(weights))
+    with damage_named(weights):
+        tokenizer.load_state_dict(load_file(weights))
     semantic_ids = tokenizer.eval().semantic_ids()
     figures = semantic_ids.figures()
     used = ", ".join(f"{share:.0%}" for share in figures["usage"])

@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +35,8 @@ from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
+
+REPAIR = "copy the run folder again, or fit into a new one"
 
 
 @dataclass
@@ -54,12 +58,15 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """`run.json`."""
-        return json.loads((self.folder / "run.json").read_text())
+        return read_json(self.folder / "run.json", {"data": ("name", "path", "fingerprint"), "versions": ()})
 
     @cached_property
     def items(self) -> pl.DataFrame:
-        """`semantic_ids.parquet`: row `i` is item `i`."""
-        return pl.read_parquet(self.folder / "semantic_ids.parquet")
+        """`semantic_ids.parquet` of a finished run: row `i` is item `i`."""
+        self._require_finished()
+        path = self.folder / "semantic_ids.parquet"
+        with damage_named(path):
+            return pl.read_parquet(path).cast({"item": pl.String, "title": pl.String})
 
     @property
     def finished(self) -> bool:
@@ -69,14 +76,16 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """`metrics.json` of a finished run."""
         self._require_finished()
-        return json.loads((self.folder / "metrics.json").read_text())
+        return read_json(self.folder / "metrics.json", {"validation": (), "test": (), "most_popular": ()})
 
     @cached_property
     def data(self) -> Dataset:
         """The data set that the run was made from, read from where it was."""
-        if self._data is None and self.facts["data"]["path"] is None:
-            raise ValueError(f"data: {self.folder} was made from a data set in memory; pass it: Run(folder, data)")
-        data = self._data or Dataset.load(self.facts["data"]["path"])
+        path = self.facts["data"]["path"]
+        if self._data is None and (path is None or not Path(path).exists()):
+            where = "was made from a data set in memory" if path is None else f"was made from {path}, which is gone"
+            raise ValueError(f"data: {self.folder} {where}; pass it: Run(folder, data), or --data on the command line")
+        data = self._data or Dataset.load(path)
         if data.fingerprint() != self.facts["data"]["fingerprint"]:
             raise ValueError(
                 f"data: {data.name} is not the data set that {self.folder} was made from "
@@ -134,14 +143,15 @@ def save_model(model: SequenceModel, path: Path) -> None:
 
 def load_model(path: Path, config: Config) -> SequenceModel:
     """Builds the model that `path` holds the weights of: the sizes of the catalogue come from the weights."""
-    state = load_file(path)
-    semantic_ids = None
-    if "codes" in state:
-        modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
-        semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
-    n_items = len(state["codes"] if "codes" in state else state["item_id"])
-    model = SequenceModel(n_items, config.model, semantic_ids)
-    model.load_state_dict(state)
+    with damage_named(path):
+        state = load_file(path)
+        semantic_ids = None
+        if "codes" in state:
+            modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
+            semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
+        n_items = len(state["codes"] if "codes" in state else state["item_id"])
+        model = SequenceModel(n_items, config.model, semantic_ids)
+        model.load_state_dict(state)
     return model.eval()
 
 
@@ -151,7 +161,41 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
+    text = json.dumps(value, indent=2) + "\n"
+    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, expected: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Reads a file of a run folder; `expected` are the mappings that it must hold, each with keys that these must."""
+    with damage_named(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for name, keys in expected.items():
+            for key in keys:
+                values[name][key]
+            values[name].items()
+    return values
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file of a run folder, from its bytes to the names in it, is a `ValueError` naming it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; {REPAIR}") from None
+    except (
+        SafetensorError,
+        pl.exceptions.PolarsError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {reason}); {REPAIR}"
+        ) from error
 
 
 def atomically(path: Path, write: Callable[[str], Any]) -> None:

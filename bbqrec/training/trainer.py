@@ -65,11 +65,12 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
             logger=[csv, tensorboard],
             enable_progress_bar=bars,
             enable_model_summary=False,
-            reload_dataloaders_every_n_epochs=1,  # the number of batches differs from epoch to epoch
+            reload_dataloaders_every_n_epochs=1,  # a new loader: its batches are those of the epoch
         )
         latest = stage.checkpoints / "last.ckpt"
         _fit_interruptibly(trainer, module, latest if latest.is_file() else None)
-    best = torch.load(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"), weights_only=True)
+    path = stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt")
+    best = torch.load(path, map_location="cpu", weights_only=True)  # written on a GPU, it may be read without one
     return {**best, "epochs_run": trainer.current_epoch}
 
 

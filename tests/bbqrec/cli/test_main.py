@@ -1,6 +1,7 @@
 """The command line: what it prints, for people and for programs, and how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bbqrec import BBQRec
-from bbqrec.cli.main import METRICS, _print_metrics, app
+from bbqrec.cli.main import _print_metrics, _print_recommendations, app
 from bbqrec.config import flat_options
+from bbqrec.evaluation.ranking import METRICS
 
 
 def call(*arguments):
@@ -84,19 +86,37 @@ def test_recommend_prints_what_the_model_says(bbqrec_run, tiny_data):
         assert model.semantic_id(item) in line
 
 
-def test_a_history_can_be_given_in_three_ways(bbqrec_run, tiny_data):
+def test_a_history_is_read_in_the_order_written(bbqrec_run, tiny_data):
     a, b, c = tiny_data.item_ids[:3]
     run = bbqrec_run.folder
     ways = [
-        (a, b, c),
-        ("--history", f"{a},{b}, {c}"),
-        ("--history", a, "--history", f"{b},{c}"),
-        (a, "--history", f"{b},{c}"),
+        (run, a, b, c),
+        (run, "--history", a, b, c),
+        (run, "--history", a, "-k", 10, b, c),
+        (run, "--history", f"{a},{b}", c),
+        (run, "--history", f"{a},{b}, {c}"),
+        (run, "--history", a, "--history", f"{b},{c}"),
+        ("--history", f"{a},{b},{c}", run),
     ]
-    answers = [json.loads(succeed("recommend", run, *way, "--json")) for way in ways]
-    assert all(answer == answers[0] for answer in answers)
+    for way in ways:
+        assert json.loads(succeed("recommend", *way, "--json"))["history"] == [a, b, c], way
     kept = json.loads(succeed("recommend", run, a, b, c, "-k", tiny_data.n_items, "--keep-history", "--json"))
     assert {a, b, c} <= {row["item"] for row in kept["items"]}
+
+
+@pytest.mark.parametrize(
+    "way", [("A", "--history", "B"), ("A", "--history=B"), ("--history", "A", "B", "--history", "C")]
+)
+def test_items_before_the_option_are_refused_because_they_would_change_places(way, bbqrec_run):
+    refused = call("recommend", bbqrec_run.folder, *way)
+    assert refused.exit_code == 2
+    assert "write all items after one --history" in refused.stderr
+
+
+def test_what_is_piped_is_neither_folded_nor_changed(capsys):
+    title = "a [red] :smile: lamp " * 20
+    _print_recommendations([{"rank": 1, "item": "i", "title": title, "score": 1.0, "semantic_id": "#1"}], "Next")
+    assert title.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -113,6 +133,10 @@ def test_a_history_can_be_given_in_three_ways(bbqrec_run, tiny_data):
         (["fit", "--data", "DATA", "--out", "OUT", "--set", "model.drpout=1"], "did you mean 'model.dropout'"),
         (["fit", "--data", "DATA", "--out", "OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--data", "DATA", "--out", "RUN", "--set", "training.seed=9"], "a run with other options"),
+        (
+            ["fit", "--data", "DATA", "--out", "OUT", "--set", "training.seed=2147483648"],
+            "'training.seed': got 2147483648",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, message, bbqrec_run, tiny_data, tmp_path):
@@ -123,6 +147,50 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, message, bbqrec_ru
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "content", "named"),
+    [
+        ("recommend", "config.yaml", b"\xff\xfe", "config.yaml: not UTF-8"),
+        ("recommend", "config.yaml", b"model: {heads: 3}", "model.safetensors: is damaged or does not fit config.yaml"),
+        ("recommend", "semantic_ids.parquet", b"PAR1", "semantic_ids.parquet: is damaged"),
+        ("recommend", "semantic_ids.parquet", None, "semantic_ids.parquet: is missing"),
+        ("recommend", "model.safetensors", b"half a file", "model.safetensors: is damaged"),
+        ("recommend", "model.safetensors", None, "model.safetensors: is missing"),
+        ("evaluate", "run.json", b"{", "run.json: is damaged"),
+        ("evaluate", "run.json", b"{}", "run.json: is damaged"),
+        ("fit", "metrics.json", b"{}", "metrics.json: is damaged"),
+        ("fit", "run.json", b"[]", "run.json: is damaged"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_sentence_naming_the_file(
+    command, name, content, named, bbqrec_run, tiny_data, tmp_path
+):
+    run = shutil.copytree(bbqrec_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    options = ["--config", bbqrec_run.folder / "config.yaml"]
+    arguments = {
+        "recommend": [run, tiny_data.item_ids[0]],
+        "evaluate": [run],
+        "fit": ["--data", tiny_data.path, "--out", run, *options],
+    }
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    result = call(command, *arguments[command])
+    assert result.exit_code == 1, result.exception
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_interrupted_demo_starts_again(tmp_path, monkeypatch):
+    def stop(self, folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bbqrec.Dataset.save", stop)
+    assert call("demo", "--out", tmp_path / "demo").exit_code == 130
+    assert list((tmp_path / "demo").iterdir()) == []
 
 
 def test_wrong_usage_is_exit_code_2():

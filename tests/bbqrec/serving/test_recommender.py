@@ -4,9 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from bbqrec import BBQRec
 from bbqrec.data.batches import pack_histories
+from bbqrec.models.sequence_model import SequenceModel
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,22 @@ def test_history_items_are_left_out_unless_kept(histories, model, tiny_data):
         assert not {item for item, _ in recommended} & set(history)
     [everything] = model.recommend(histories[:1], n, keep_history=True)
     assert {item for item, _ in everything} == set(tiny_data.item_ids)
+
+
+def test_tables_at_zero_change_no_recommendation_of_a_trained_sasrec(sasrec_run, bbqrec_run, histories, model):
+    plain, config = BBQRec.load(sasrec_run.folder), sasrec_run.config.model.model_copy(update={"content": False})
+    joined = SequenceModel(len(plain.item_ids), config, bbqrec_run.semantic_ids)
+    missing, unexpected = joined.load_state_dict(sasrec_run.model.state_dict(), strict=False)
+    assert set(missing) == {"tables", "codes", "codebooks"}
+    assert not unexpected
+    with_tables = BBQRec(joined, plain.item_ids, plain.titles, plain.max_length, bbqrec_run.semantic_ids)
+    everyone = histories + [[plain.item_ids[i] for i in row] for row in sasrec_run.data.histories]
+    assert not joined.tables.any()
+    ours, theirs = with_tables.recommend(everyone), plain.recommend(everyone)
+    assert [[item for item, _ in row] for row in ours] == [[item for item, _ in row] for row in theirs]
+    with torch.no_grad():
+        joined.tables.normal_()
+    assert with_tables.recommend(everyone) != ours
 
 
 def test_many_histories_are_served_in_batches(histories, model, monkeypatch):
@@ -88,7 +106,7 @@ def test_no_run_folder(tmp_path):
 
 
 def test_unfinished_run(bbqrec_run, tmp_path):
-    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "unfinished")
-    (copy / "metrics.json").unlink()
+    late = ("metrics.json", "model.safetensors", "semantic_ids.parquet", "curves.png", "codebooks.png")
+    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "unfinished", ignore=shutil.ignore_patterns(*late))
     with pytest.raises(ValueError, match="is unfinished"):
         BBQRec.load(copy)

@@ -230,6 +230,10 @@ class Dataset:
         """Index by item ID."""
         return {item_id: i for i, item_id in enumerate(self.item_ids)}
 
+    def with_features(self, modality: str, features: Features) -> Dataset:
+        """A copy with these features, in place of those it may have in `modality`; row `i` belongs to item `i`."""
+        return replace(self, features={**self.features, modality: features})
+
     def with_features_of(self, other: Dataset, modality: str) -> Dataset:
         """A copy with the features that `other` has in `modality`, joined by item ID; items it lacks are absent.
 
@@ -243,9 +247,7 @@ class Dataset:
         if not rows:
             raise ValueError(f"other: {self.name} has no item that has {modality!r} features in {other.name}")
         own = np.array([self.item_positions[other.item_ids[i]] for i in rows])
-        return replace(
-            self, features={**self.features, modality: Features.of_items(source.values[rows], own, self.n_items)}
-        )
+        return self.with_features(modality, Features.of_items(source.values[rows], own, self.n_items))
 
     def fingerprint(self) -> str:
         """Hash of the contents (not of name, path or derived features): 32 hex digits, the same on every machine."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bbqrec.data.dataset import Dataset
-from bbqrec.data.formats import native, unisrec
+from bbqrec.data.formats import amazon, lines, movielens, native, recbole, unisrec
 
-FORMATS = (native, unisrec)
+FORMATS = (native, unisrec, recbole, movielens, lines, amazon)  # UniSRec's folders hold .inter files, too
 
 
 def read(folder: Path) -> Dataset:

@@ -14,7 +14,7 @@ from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec_kernels import pack, prefix
 
-MAX_CHANNELS = 8  # of the attention operator
+MAX_CHANNELS = 8  # prefix terms of the attention operator
 
 
 class SequenceModel(nn.Module):
@@ -29,7 +29,7 @@ class SequenceModel(nn.Module):
         config: see `ModelConfig`.
         semantic_ids: codes and codebooks, or None for SASRec.
 
-    Raises `ValueError` where the options leave items without a vector.
+    Raises `ValueError` where the options leave items without a vector, or for more modalities than attention compares.
     """
 
     def __init__(self, n_items: int, config: ModelConfig, semantic_ids: SemanticIDs | None = None):
@@ -47,8 +47,8 @@ class SequenceModel(nn.Module):
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
             self.codebooks.requires_grad_(has_content)
             self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
-            self.channels = attention_channels(self.codes.shape[1], config.cross_modal)
             if config.reweighting:
+                self.channels = attention_channels(self.codes.shape[1], config.cross_modal)
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
@@ -86,7 +86,15 @@ class SequenceModel(nn.Module):
 
 
 def attention_channels(modalities: int, cross_modal: bool) -> list[tuple[int, int]]:
-    """Pairs of modality indices that attention compares: each with itself, and with the others where they fit."""
+    """Pairs of modality indices that attention compares: each with itself, and with the others where they fit.
+
+    Raises `ValueError` for more than `MAX_CHANNELS` modalities.
+    """
+    if modalities > MAX_CHANNELS:
+        raise ValueError(
+            f"tokenizer.modalities: got {modalities}, expected at most {MAX_CHANNELS} to reweight attention by; "
+            "choose fewer, or set model.reweighting=false"
+        )
     pairs = list(product(range(modalities), repeat=2))
     if cross_modal and len(pairs) <= MAX_CHANNELS:
         return pairs

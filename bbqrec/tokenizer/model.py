@@ -163,12 +163,18 @@ class Tokenizer(nn.Module):
 
 
 def standardize(feature: Features) -> tuple[Tensor, Tensor]:
-    """Centres present rows and scales them to one unit of variance per dimension on average; absent rows are zero."""
-    values, present = feature.values, feature.present
-    centred = values - values[present].mean(0)
-    scale = np.sqrt(np.square(centred[present]).mean())
-    centred = np.where(present[:, None], centred / max(scale, 1e-12), 0)
-    return torch.from_numpy(centred.astype(np.float32)), torch.from_numpy(present.copy())
+    """Centres present rows and scales them to one unit of variance per dimension on average; absent rows are zero.
+
+    Returns values `(n_items, F)` float32 and `present` `(n_items,)` bool. Dimensions that are constant, up to the
+    resolution of float32, become zero.
+    """
+    values, present = feature.values[feature.present].astype(np.float64), feature.present  # squares fit no float32
+    centred = values - values.mean(0)
+    centred[:, np.abs(centred).max(0) <= np.finfo(np.float32).eps * np.abs(values).max(0)] = 0
+    scale = np.sqrt(np.square(centred).mean())
+    standardized = np.zeros(feature.values.shape, np.float32)
+    standardized[present] = centred / (scale or 1)
+    return torch.from_numpy(standardized), torch.from_numpy(present.copy())
 
 
 def encoder(width_in: int, hidden: int, width_out: int) -> nn.Sequential:

@@ -112,8 +112,21 @@ def test_everything_learns(training_batch):
     ids=lambda options: next(iter(options)),
 )
 def test_each_switch_changes_the_scores(options):
+    usual, switched = model(), model(**options)
+    copy_shared_weights(usual, switched)
     batch = packed(HISTORIES[2], max_length=options.get("max_length", 12))
-    assert not torch.allclose(model(**options).score(batch), model().score(packed(HISTORIES[2])), atol=1e-4)
+    assert not torch.allclose(switched.score(batch), usual.score(packed(HISTORIES[2])), atol=1e-4)
+
+
+def copy_shared_weights(usual, switched):
+    """Gives `switched` the weights of `usual`, so that they differ by what the switch does alone."""
+    weights = usual.state_dict()
+    if switched.tables is not None:
+        kept = [usual.channels.index(channel) for channel in switched.channels]
+        tables = weights["tables"][: switched.config.layers, kept]
+        weights["tables"] = tables.repeat_interleave(switched.config.heads // usual.config.heads, dim=2)
+    weights["transformer.positions"] = weights["transformer.positions"][: switched.config.max_length]
+    switched.load_state_dict({name: weights[name] for name in switched.state_dict()})
 
 
 def test_dropout_is_for_training_only():
@@ -146,6 +159,14 @@ def test_attention_channels():
     assert attention_channels(2, cross_modal=True) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert attention_channels(2, cross_modal=False) == [(0, 0), (1, 1)]
     assert attention_channels(3, cross_modal=True) == [(0, 0), (1, 1), (2, 2)]  # nine do not fit the operator
+
+
+def test_more_modalities_than_attention_compares():
+    eight, nine = (semantic_ids([f"m{m}" for m in range(n)]) for n in (8, 9))
+    assert model(eight).score(packed([3, 1])).isfinite().all()
+    with pytest.raises(ValueError, match=r"tokenizer\.modalities: got 9, expected at most 8"):
+        model(nine)
+    assert model(nine, reweighting=False).score(packed([3, 1])).isfinite().all()
 
 
 @pytest.mark.parametrize("ids", ["both", None])

@@ -185,3 +185,26 @@ def test_standardize_centres_present_rows_only():
     torch.testing.assert_close(values[present].mean(0), torch.zeros(5), atol=1e-6, rtol=0)
     assert values[present].square().mean().item() == pytest.approx(1, rel=1e-5)
     assert (values[~present] == 0).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1, 1e25, 1e38])
+def test_standardize_features_of_any_magnitude(magnitude):
+    rng = np.random.default_rng(0)
+    values = rng.uniform(-1, 1, (N_ITEMS, 3))
+    usual, made = (
+        standardize(Features((scale * values).astype(np.float32), np.ones(N_ITEMS, bool)))[0]
+        for scale in (1, magnitude)
+    )
+    torch.testing.assert_close(made, usual, rtol=1e-5, atol=1e-5)
+    assert made.square().mean().item() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e25])
+def test_standardize_keeps_constant_dimensions_at_zero(constant):
+    values = np.full((N_ITEMS, 2), constant, np.float32)
+    values[1] = np.nextafter(values[1], np.float32(2 * constant))  # noise of the last digit
+    assert (standardize(Features(values, np.ones(N_ITEMS, bool)))[0] == 0).all()
+    values[:, 1] = np.random.default_rng(0).normal(size=N_ITEMS)
+    made, _ = standardize(Features(values, np.ones(N_ITEMS, bool)))
+    assert (made[:, 0] == 0).all()
+    assert made[:, 1].square().mean().item() == pytest.approx(2, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -50,6 +51,8 @@ def command(
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        # Read when torch is imported: threads that wait while spinning make small steps slow where cores are shared.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             function(*args, **kwargs)
         except (ValueError, TypeError, OSError, ImportError) as error:

@@ -1,6 +1,7 @@
 """The command line: what it prints, for people and for programs, and how it fails."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,26 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
     code = f"import sys, bbqrec.cli.main; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, used):
+    code = """
+import os, sys
+from bbqrec.cli.main import app
+
+class Watch:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+
+sys.meta_path.insert(0, Watch)
+app(["evaluate", "nowhere"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == [used]
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "demo", "doctor"])

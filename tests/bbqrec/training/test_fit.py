@@ -5,14 +5,18 @@ import logging
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bbqrec import Config, Run, fit
+from bbqrec.data.dataset import Histories
 from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.most_popular import MostPopular
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -92,6 +96,95 @@ def test_the_best_and_the_latest_epoch_are_kept(bbqrec_run):
     checkpoints = bbqrec_run.folder / "checkpoints" / "sequence_model"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] == log["epoch"][-1]
     assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == log["validation/ndcg@10"].arg_max()
+
+
+def test_the_best_epoch_is_returned_and_not_the_last(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"training.epochs": 5, "training.patience": 5, "training.learning_rate": 0.05})
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)
+    checkpoints = run.folder / "checkpoints" / "sequence_model"
+    best, last = (torch.load(checkpoints / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert best["epoch"] < last["epoch"]
+    for name, weights in run.model.state_dict().items():
+        assert torch.equal(weights, best["state_dict"][f"model.{name}"]), name
+    assert not torch.equal(run.model.item_id, last["state_dict"]["model.item_id"])
+
+
+def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    histories = tiny_data.histories
+    items, last = histories.items.copy(), histories.offsets[1:][histories.lengths >= 3] - 1
+    held_out = np.concatenate([last, last - 1])
+    items[held_out] = (items[held_out] + 7) % tiny_data.n_items
+    other = replace(tiny_data, histories=replace(histories, items=items))
+    a, b = (
+        fit(data, tmp_path / name, config=config, progress=False) for name, data in (("a", tiny_data), ("b", other))
+    )
+    left, right = (load_file(run.folder / "tokenizer.safetensors") for run in (a, b))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert same_weights(a, b)
+    popular = [MostPopular(run.split.train, tiny_data.n_items).counts for run in (a, b)]
+    assert torch.equal(*popular)
+    assert a.metrics["test"] != b.metrics["test"]  # the targets are others
+
+
+@pytest.mark.parametrize(
+    ("option", "model"),
+    [
+        ("training.learning_rate=0.02", "sasrec"),
+        ("training.weight_decay=5", "sasrec"),
+        ("tokenizer.temperature=0.5", "bbqrec"),
+        ("tokenizer.learning_rate=0.01", "bbqrec"),
+        ("tokenizer.club_weight=1", "bbqrec"),
+    ],
+)
+def test_options_change_the_result(option, model, tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    weights = "tokenizer.safetensors" if model == "bbqrec" else "model.safetensors"
+    a, b = (
+        load_file(fit(tiny_data, tmp_path / name, model=model, config=options, progress=False).folder / weights)
+        for name, options in (("a", config), ("b", config.override([option])))
+    )
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
+        (["model.dim=514"], r"model\.dim: got 514, expected at most 512"),
+        (["tokenizer.dim=15"], r"tokenizer\.dim: got 15, expected a multiple of 2"),
+        (["model.item_id=false", "model.content=false"], r"model\.item_id: got false"),
+        (["model_name=sasrec", "model.item_id=false"], r"model\.item_id: got false"),
+    ],
+)
+def test_options_that_do_not_fit_take_no_folder(options, message, tiny_data, tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_data, tmp_path / "run", config=tiny_config.override(options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("length", "message"), [(2, "has three interactions"), (3, "left for training")])
+def test_too_short_histories_take_no_folder(length, message, tiny_data, tiny_config, tmp_path):
+    histories = Histories.from_lists([history[:length] for history in tiny_data.histories])
+    with pytest.raises(ValueError, match=message):
+        fit(replace(tiny_data, histories=histories), tmp_path / "run", config=tiny_config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_modalities_than_attention_takes(tiny_data, tiny_config, tmp_path, capsys):
+    def with_modalities(n):
+        return replace(tiny_data, features={f"m{i}": tiny_data.features["text"] for i in range(n)})
+
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.modalities: got 9, expected at most 8 .* model\.reweighting=false"
+    ):
+        fit(with_modalities(9), tmp_path / "run", config=tiny_config)
+    assert not (tmp_path / "run").exists()
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    run = fit(with_modalities(3), tmp_path / "run", config=config)
+    assert "model.cross_modal: no, attention takes 8 channels, 3 x 3 needed" in capsys.readouterr().err
+    assert run.model.channels == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_tokenizer_figures(bbqrec_run):
@@ -207,8 +300,6 @@ def test_one_modality_alone(tiny_data, tiny_config, tmp_path):
 
 
 def test_bbqrec_needs_features(tiny_data, tiny_config, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="has no features to make semantic IDs from; use model 'sasrec'"):
         fit(replace(tiny_data, features={}), tmp_path / "run", config=tiny_config)
 
@@ -221,6 +312,10 @@ def test_a_moved_data_set_can_be_given(sasrec_run, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=r"pass it: Run\(folder, data\)"):
         Run(copy).evaluate()
     assert Run(copy, tiny_data).evaluate() == sasrec_run.metrics["test"]
+    facts["data"]["path"] = str(tmp_path / "moved-away")
+    (copy / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"moved-away, which is gone; pass it: .* --data"):
+        Run(copy).evaluate()
 
 
 def test_evaluate_knows_its_splits(sasrec_run):

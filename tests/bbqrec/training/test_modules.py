@@ -1,5 +1,6 @@
 """What Lightning trains: items of a step, optimizers, order of the epochs."""
 
+import lightning as L
 import pytest
 import torch
 
@@ -31,6 +32,25 @@ def test_every_parameter_has_one_optimizer(module):
     assert estimators == {id(p) for p in module.tokenizer.mutual_information.parameters()}
     assert not others & estimators
     assert others | estimators == {id(p) for p in module.tokenizer.parameters()}
+
+
+def test_every_step_moves_the_estimators_of_club(module, tiny_data, tiny_config):
+    before = {name: p.detach().clone() for name, p in module.tokenizer.named_parameters()}
+    module.tokenizer.initialize_codebooks(torch.Generator().manual_seed(0))
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    estimators = [name for name in before if name.startswith("mutual_information")]
+    assert estimators
+    for name, p in module.tokenizer.named_parameters():
+        if name in estimators:
+            assert not torch.equal(p, before[name]), name
 
 
 def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeypatch):

@@ -1,6 +1,13 @@
 """Residual quantization and similarity-reweighted attention as PyTorch operators."""
 
 from bbqrec_kernels._version import __version__
+from bbqrec_kernels.modules import (
+    CodebookUsage,
+    ResidualQuantizer,
+    SimilarityAttention,
+    codebook_usage,
+    residual_kmeans,
+)
 from bbqrec_kernels.residual_quantization import (
     ResidualQuantization,
     residual_decode,
@@ -20,16 +27,21 @@ from bbqrec_kernels.similarity_attention import (
 )
 
 __all__ = [
+    "CodebookUsage",
     "PackedCodes",
     "ResidualQuantization",
+    "ResidualQuantizer",
+    "SimilarityAttention",
     "Term",
     "__version__",
+    "codebook_usage",
     "cosine",
     "gap",
     "matches",
     "pack",
     "prefix",
     "residual_decode",
+    "residual_kmeans",
     "residual_quantize",
     "residual_statistics",
     "similarity_attention",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -282,7 +283,9 @@ class Dataset:
 
 def unknown_item(item_id: str, item_ids: Sequence[str]) -> str:
     """The message of an error about an item that is not in the catalogue."""
-    nearest = difflib.get_close_matches(item_id, item_ids, n=3, cutoff=0)
+    # a fraction of a second at most: of large catalogues, only the IDs nearest in length are compared
+    candidates = heapq.nsmallest(20_000, item_ids, key=lambda known: abs(len(known) - len(item_id)))
+    nearest = difflib.get_close_matches(item_id, candidates, n=3, cutoff=0)
     return f"item: {item_id!r} is not in the catalogue; the nearest known ids are {', '.join(map(repr, nearest))}"
 
 

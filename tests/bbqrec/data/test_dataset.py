@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bbqrec.data import Dataset, Features, Histories
+from bbqrec.data.dataset import unknown_item
 
 
 def test_histories_index_slice_and_span():
@@ -96,6 +97,14 @@ def test_item_index_names_the_nearest_ids(tiny):
     assert [tiny.item_index(item_id) for item_id in tiny.item_ids] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="'bowls' is not in the catalogue; the nearest known ids are 'bowl'"):
         tiny.item_index("bowls")
+
+
+def test_an_unknown_item_of_a_large_catalogue_is_compared_with_ids_of_its_length(monkeypatch):
+    compared = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, ids, **_: compared.extend(ids) or ids[:1])
+    message = unknown_item("mugg", [*(f"item-{i:06}" for i in range(30_000)), "mugs"])
+    assert message.endswith("the nearest known ids are 'mugs'")
+    assert len(compared) == 20_000
 
 
 def test_features_of_another_data_set_are_joined_by_item_id(tiny):

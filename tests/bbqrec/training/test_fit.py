@@ -299,6 +299,15 @@ def test_one_modality_alone(tiny_data, tiny_config, tmp_path):
     assert run.metrics["tokenizer"]["agreement"] == 1
 
 
+def test_names_of_modalities_are_free(bbqrec_run, tiny_data, tiny_config, tmp_path):
+    names = ("clip.v1", "title")
+    renamed = replace(tiny_data, features=dict(zip(names, tiny_data.features.values(), strict=True)))
+    run = fit(renamed, tmp_path / "run", config=tiny_config, progress=False)
+    assert run.semantic_ids.modalities == names
+    assert run.items["title"].to_list() == bbqrec_run.items["title"].to_list()
+    assert same_weights(run, bbqrec_run)
+
+
 def test_bbqrec_needs_features(tiny_data, tiny_config, tmp_path):
     with pytest.raises(ValueError, match="has no features to make semantic IDs from; use model 'sasrec'"):
         fit(replace(tiny_data, features={}), tmp_path / "run", config=tiny_config)

@@ -5,10 +5,10 @@
     metadata     optional: `asin` or `parent_asin`, and `title`, `brand` or `store`, `category` or `categories`,
                  `feature` or `features`, `description`, a line an item
 
-The first line of a file says which of the two it is. Every review is an interaction, whatever its stars and however few
-the user or the item has: for the 5-core data set give the 5-core file. Items are those reviewed, in order of appearance;
-where reviews have a `parent_asin` (2023) it is the item. Metadata of other items is not read, items without metadata have
-no texts, and of several lines for one item the first counts. Times become seconds, after sorting.
+The first line of a file says which of the two it is. Every review is an interaction, whatever its stars and however
+few the user or the item has: for the 5-core data set give the 5-core file. Items are those reviewed, in order of
+appearance; where reviews have a `parent_asin` (2023) it is the item. Metadata of other items is not read, items without
+metadata have no texts, and of several lines for one item the first counts. Times become seconds, after sorting.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import html
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -29,6 +30,7 @@ from bbqrec.data.dataset import Dataset, Histories
 from bbqrec.data.formats.tables import Table, encode
 
 LAYOUT = "reviews as .json or .jsonl, also .gz (Amazon 2014, 2018, 2023)"
+BLOCK_BYTES = 1 << 26
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 USERS, ITEMS, TIMES = ("user_id", "reviewerID"), ("parent_asin", "asin"), ("timestamp", "unixReviewTime")
 TEXTS = {
@@ -80,8 +82,9 @@ def _read_reviews(path: Path) -> tuple[Table, bool]:
     kinds = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
     schema = {key: kinds[column] for column, key in keys.items() if key is not None}
     try:
-        with _open(path) as file:
-            frame = pl.read_ndjson(file.read(), schema=schema)
+        with _open(path) as file:  # in blocks, as review texts may not fit into memory
+            blocks = iter(lambda: file.readlines(BLOCK_BYTES), [])
+            frame = pl.concat([pl.read_ndjson(b"".join(block), schema=schema) for block in blocks])
     except pl.exceptions.PolarsError as error:
         for line, record in _records(path):  # says which line, if it is no JSON at all
             value = record.get(keys["timestamp"], 0)
@@ -134,14 +137,11 @@ def _kind(path: Path) -> str | None:
 def _records(path: Path) -> Iterator[tuple[int, dict]]:
     """Number (from 1) and content of each line. Raises `ValueError` where a line is no object, or there is no line."""
     empty = True
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    empty = False
-                    yield number, _object(line, path, number)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: is no whole gzip file ({error}); download it again") from None
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                empty = False
+                yield number, _object(line, path, number)
     if empty:
         raise ValueError(f"{path}: has no lines, expected at least one")
 
@@ -159,5 +159,10 @@ def _object(line: bytes, path: Path, number: int) -> dict:
     return value
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: is no whole gzip file ({error}); download it again") from None

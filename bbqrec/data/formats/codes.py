@@ -10,6 +10,8 @@ before differs, because all items share a level's codebook.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +29,16 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
     Raises `ValueError` naming the file and the array of the first fault.
     """
     features = {}
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: is no .npz file; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             first = {}
             for name in arrays.files:
                 first.setdefault(name.partition("_")[0], name)
             codes = {modality: (name, arrays[name]) for modality, name in first.items()}
-    except (ValueError, EOFError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}: is no .npz of NumPy arrays ({error}); write it with numpy.savez") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: holds an array that cannot be read ({error}); write it with numpy.savez") from None
     if not codes:
         raise ValueError(f"{path}: holds no arrays, expected codes of shape ({n_items}, levels)")
     for modality, (name, array) in codes.items():
@@ -69,6 +73,8 @@ def one_hot_codes(codes: np.ndarray) -> Features:
             "expected codes from 0, or -1 in every level of an item without any"
         )
     rows = np.flatnonzero(~absent)
+    if not len(rows):
+        raise ValueError("codes: no item has any; leave this modality out")
     levels = []
     for level, column in enumerate(codes[rows].T):
         used, index = np.unique(column, return_inverse=True)

@@ -29,7 +29,7 @@ def read(folder: Path) -> Dataset:
     """Reads the format of this module. Raises `ValueError` naming the file and the line of the first fault."""
     path, *others = sorted(folder.glob("*.inter"))
     if others:
-        raise ValueError(f"data: {folder} holds {path.name} and {others[0].name}; keep one data set, not split, in it")
+        raise ValueError(f"data: {folder} holds {path.name} and {others[0].name}; put all interactions into one file")
     table, _ = _read_atomic(path)
     if "item_id_list" in table.columns:
         raise ValueError(f"{path}: holds histories (item_id_list), expected a row an interaction (user_id, item_id)")
@@ -69,7 +69,7 @@ def _read_atomic(path: Path) -> tuple[Table, dict[str, str]]:
     for name, _, kind in fields:
         if not name or kind not in TYPES:
             raise ValueError(
-                f"{path}: line 1 has {f'{name}:{kind}' if name else kind!r}, "
+                f"{path}: line 1 has {':'.join(filter(None, (name, kind)))!r}, "
                 f"expected name:type with one of the types {', '.join(TYPES)}"
             )
     names = [name for name, _, _ in fields]

@@ -1,0 +1,156 @@
+"""Amazon reviews and metadata of three years."""
+
+import gzip
+import json
+
+import pytest
+
+from bbqrec.data import Dataset
+from bbqrec.data.formats import amazon
+
+REVIEWS_2018 = [
+    {"reviewerID": "U", "asin": "B1", "unixReviewTime": 30, "overall": 5.0, "style": {"Color:": "red"}},
+    {"overall": 1.0, "reviewerID": "V", "asin": "B2", "unixReviewTime": 7, "vote": "3"},
+    {"reviewerID": "U", "asin": "B2", "unixReviewTime": 20, "image": ["x"]},
+    {"reviewerID": "U", "asin": "B2", "unixReviewTime": 20},
+]
+METADATA_2018 = [
+    {"asin": "B9", "title": "Of no one"},
+    {
+        "asin": "B2",
+        "title": "Mug &amp; bowl",
+        "brand": "Clay",
+        "category": ["Home", "Kitchen"],
+        "feature": [],
+        "price": 1,
+    },
+    {"asin": "B2", "title": "Second line"},
+]
+
+
+def lines(objects):
+    return "".join(json.dumps(o) + "\n" for o in objects).encode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "Tiny_5.json.gz").write_bytes(gzip.compress(lines(REVIEWS_2018)))
+    (tmp_path / "meta_Tiny.json.gz").write_bytes(gzip.compress(lines(METADATA_2018)))
+    (tmp_path / "config.json").write_text("{\n}\n")
+    (tmp_path / "other.json").write_text('{"4": [1, 2]}\n')
+    return tmp_path
+
+
+def test_2018_keeps_all_reviews(folder):
+    data = Dataset.load(folder)
+    assert data.name == "Tiny_5"
+    assert (data.user_ids, data.item_ids) == (["U", "V"], ["B1", "B2"])
+    assert [h.tolist() for h in data.histories] == [[1, 1, 0], [1]]
+    assert data.histories.timestamps.tolist() == [20, 20, 30, 7]
+    assert data.texts == {"title": ["", "Mug & bowl"], "brand": ["", "Clay"], "categories": ["", "Home, Kitchen"]}
+    assert data.features["text"].present.tolist() == [False, True]
+
+
+def test_metadata_is_optional_and_files_may_be_unpacked(folder):
+    (folder / "meta_Tiny.json.gz").unlink()
+    (folder / "Tiny_5.json.gz").rename(folder / "Tiny.jsonl")
+    (folder / "Tiny.jsonl").write_bytes(lines(REVIEWS_2018))
+    data = Dataset.load(folder)
+    assert (data.name, data.item_ids, data.texts) == ("Tiny", ["B1", "B2"], {})
+
+
+def test_large_files_are_read_in_blocks(folder, monkeypatch):
+    expected = Dataset.load(folder).fingerprint()
+    monkeypatch.setattr(amazon, "BLOCK_BYTES", 100)
+    assert Dataset.load(folder).fingerprint() == expected
+
+
+def test_2023_has_milliseconds_and_parents(tmp_path):
+    reviews = [
+        {"user_id": "U", "asin": "C1", "parent_asin": "P1", "timestamp": 1_600_000_000_900, "rating": 5.0},
+        {"user_id": "U", "asin": "C2", "parent_asin": "P2", "timestamp": 1_600_000_000_100},
+        {"user_id": "U", "asin": "C3", "parent_asin": "P1", "timestamp": 1_500_000_000_999},
+    ]
+    metadata = [
+        {
+            "parent_asin": "P2",
+            "title": "Pot",
+            "store": "Clay",
+            "features": ["Blue", "Big"],
+            "description": ["A", "pot\n here"],
+            "categories": [],
+            "details": {"Weight": "1"},
+        },
+    ]
+    (tmp_path / "Tiny.jsonl.gz").write_bytes(gzip.compress(lines(reviews)))
+    (tmp_path / "meta_Tiny.jsonl.gz").write_bytes(gzip.compress(lines(metadata)))
+    data = Dataset.load(tmp_path)
+    assert data.item_ids == ["P1", "P2"]
+    assert data.histories[0].tolist() == [0, 1, 0]
+    assert data.histories.timestamps.tolist() == [1_500_000_000, 1_600_000_000, 1_600_000_000]
+    assert data.texts == {
+        "title": ["", "Pot"],
+        "brand": ["", "Clay"],
+        "details": ["", "Blue, Big"],
+        "description": ["", "A, pot here"],
+    }
+
+
+def test_metadata_of_2014_is_python(folder):
+    (folder / "meta_Tiny.json.gz").write_bytes(
+        gzip.compress(b"{'asin': 'B1', 'title': \"Bo's mug\", 'categories': [['Home', 'Cups'], ['Gifts']]}\n")
+    )
+    assert Dataset.load(folder).texts == {"title": ["Bo's mug", ""], "categories": ["Home, Cups, Gifts", ""]}
+
+
+def reviews(*changes):
+    """Reviews of which the second is changed so."""
+    content = lines([REVIEWS_2018[0]]) + b"".join(
+        c if isinstance(c, bytes) else lines([{**REVIEWS_2018[1], **c}]) for c in changes
+    )
+    return lambda folder: (folder / "Tiny_5.json.gz").write_bytes(gzip.compress(content))
+
+
+def metadata(content):
+    return lambda folder: (folder / "meta_Tiny.json.gz").write_bytes(gzip.compress(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: (folder / "b.json").write_bytes(lines(REVIEWS_2018)),
+            r"Tiny_5\.json\.gz and b\.json, both rev",
+        ),
+        (lambda folder: (folder / "m.json").write_bytes(lines(METADATA_2018)), r"m\.json and meta_Tiny\S+, both meta"),
+        (lambda folder: (folder / "Tiny_5.json.gz").unlink(), "which is no known format"),
+        (lambda folder: (folder / "Tiny_5.json.gz").write_bytes(b""), "which is no known format"),
+        (reviews(b"{\n"), r"Tiny_5\.json\.gz: line 2 is no JSON object"),
+        (reviews(b"[1]\n"), r"Tiny_5\.json\.gz: line 2 is no JSON object"),
+        (reviews({}, {"unixReviewTime": "noon"}), r"Tiny_5\.json\.gz: line 3 has unixReviewTime 'noon'"),
+        (reviews({"unixReviewTime": None}), r"Tiny_5\.json\.gz: line 2 has timestamp None"),
+        (reviews({"reviewerID": ""}), r"Tiny_5\.json\.gz: column 'user' is empty in line 2"),
+        (reviews({"asin": None}), r"Tiny_5\.json\.gz: column 'item' is empty in line 2"),
+        (metadata(b""), r"meta_Tiny\.json\.gz: has no lines"),
+        (metadata(lines(METADATA_2018) + b"oops\n"), r"meta_Tiny\.json\.gz: line 4 is no JSON object"),
+        (metadata(lines(METADATA_2018) + b'{"title": "x"}\n'), r"meta_Tiny\.json\.gz: line 4 names no item"),
+        (metadata(lines(METADATA_2018[:1])), r"meta_Tiny\.json\.gz: describes no item that the reviews name"),
+        (
+            lambda folder: (folder / "meta_Tiny.json.gz").write_bytes(gzip.compress(lines(METADATA_2018))[:-20]),
+            r"meta_Tiny\.json\.gz: is no whole gzip file",
+        ),
+        (
+            lambda folder: (folder / "Tiny_5.json.gz").write_bytes(gzip.compress(lines(REVIEWS_2018 * 999))[:-20]),
+            r"Tiny_5\.json\.gz: is no whole gzip file",
+        ),
+        (
+            lambda folder: (folder / "meta_Tiny.json.gz").write_bytes(b"no gzip"),
+            r"meta_Tiny\.json\.gz: is no whole gzip",
+        ),
+    ],
+)
+def test_faults_name_the_file_and_the_line(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        Dataset.load(folder)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,72 @@
+"""Integer codes as features."""
+
+import numpy as np
+import pytest
+
+from bbqrec.data.formats.codes import one_hot_codes, read_codes
+
+
+def test_similarity_is_that_of_the_levels_in_which_codes_agree():
+    codes = np.array([[3, 255, 0], [3, 7, 0], [9, 255, 1], [-1, -1, -1], [3, 255, 0]])
+    features = one_hot_codes(codes)
+    assert features.values.shape == (5, 2 + 2 + 2)
+    assert features.present.tolist() == [True, True, True, False, True]
+    expected = [[1.75, 1.25, 0.5, 0, 1.75], [1.25, 1.75, 0, 0, 1.25], [0.5, 0, 1.75, 0, 0.5], [0] * 5]
+    np.testing.assert_allclose((features.values @ features.values.T)[:4], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_any_kind_of_integer_and_size_of_code(dtype):
+    codes = np.array([[100, 0], [0, 100], [100, 100]], dtype)
+    np.testing.assert_allclose(np.square(one_hot_codes(codes).values).sum(1), 1.5, rtol=1e-6)
+
+
+def test_the_first_array_of_each_modality_counts(tmp_path):
+    text, image, other = np.array([[1], [2]]), np.array([[0, 0], [-1, -1]]), np.array([[5], [5]])
+    np.savez(tmp_path / "c.npz", text_llama__v2=text, image_vit=image, text_llama__v1=other, text=other)
+    features = read_codes(tmp_path / "c.npz", 2)
+    assert list(features) == ["text", "image"]
+    assert features["text"].values.tolist() == [[1, 0], [0, 1]]
+    assert features["image"].present.tolist() == [True, False]
+    assert not features["text"].derived
+
+
+@pytest.mark.parametrize(
+    ("codes", "error", "message"),
+    [
+        (np.ones((2, 1)), TypeError, r"codes: got float64, expected integers"),
+        (np.ones(2, int), ValueError, r"codes: got shape \(2,\), expected \(n_items, levels\)"),
+        (np.ones((2, 0), int), ValueError, r"codes: got shape \(2, 0\)"),
+        (np.array([[0, 1], [0, -1]]), ValueError, r"codes: row 2 \(counted from 1\) has -1"),
+        (np.array([[-2, -2], [0, 1]]), ValueError, r"codes: row 1 \(counted from 1\) has -2"),
+        (np.array([[-1], [-1]]), ValueError, r"no item has any"),
+    ],
+)
+def test_faults_name_file_and_array(tmp_path, codes, error, message):
+    with pytest.raises(error, match=message):
+        one_hot_codes(codes)
+    np.savez(tmp_path / "c.npz", text_v1=codes)
+    with pytest.raises(error, match=r"c\.npz: text_v1: .*" + message):
+        read_codes(tmp_path / "c.npz", 2)
+
+
+def test_faults_of_the_file(tmp_path):
+    path = tmp_path / "c.npz"
+    np.savez(path, text=np.ones((2, 3), int))
+    with pytest.raises(ValueError, match=r"c\.npz: text has 2 rows, expected 3 \(one for each item\)"):
+        read_codes(path, 3)
+    np.savez(path)
+    with pytest.raises(ValueError, match=r"c\.npz: holds no arrays"):
+        read_codes(path, 3)
+    np.savez(path, text=np.array([[None]]))
+    with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read"):
+        read_codes(path, 1)
+    np.savez(path, text=np.ones((20, 3), int))
+    path.write_bytes(path.read_bytes().replace(b"\1\0\0\0\0\0\0\0\1", b"\2\0\0\0\0\0\0\0\1", 1))
+    with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read \(Bad CRC"):
+        read_codes(path, 20)
+    np.save(tmp_path / "plain.npy", np.ones((2, 3), int))
+    for content in (b"", b"no archive", path.read_bytes()[:40], (tmp_path / "plain.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.npz: is no \.npz file"):
+            read_codes(path, 1)

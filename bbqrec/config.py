@@ -23,7 +23,9 @@ class Section(BaseModel):
 class TokenizerConfig(Section):
     """Behaviour-semantic alignment: features to semantic IDs (paper section on behaviour-bind quantization)."""
 
-    modalities: list[str] | None = Field(None, description="feature sets to use; null takes all that the data has")
+    modalities: list[str] | None = Field(
+        None, min_length=1, description="feature sets to use; null takes all that the data has"
+    )
     levels: int = Field(4, ge=1, le=16, description="codes per semantic ID, L")
     codebook_size: int = Field(64, ge=1, description="codewords per level, K")
     dim: int = Field(64, ge=1, description="width of the codewords, d")

@@ -32,6 +32,7 @@ def test_a_file_gives_only_what_differs(tmp_path):
         ("model.drpout=0.1", "'model.drpout' does not exist; did you mean 'model.dropout'"),
         ("modle.dropout=0.1", "'modle' does not exist"),
         ("model.dropout=1.5", "'model.dropout': got 1.5, input should be less than 1"),
+        ("tokenizer.modalities=[]", "'tokenizer.modalities': got []"),
         ("model_name=gru", "'model_name': got 'gru', input should be 'bbqrec' or 'sasrec'"),
         ("model.dropout", "got 'model.dropout', expected section.key=value"),
         ("model_name.x=1", "'model_name' is an option, not a section"),
@@ -56,6 +57,22 @@ def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path):
     (tmp_path / "a.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"a\.yaml: not YAML"):
         Config.load(tmp_path / "a.yaml")
+
+
+def test_a_file_of_another_encoding_or_with_a_wrong_option_is_refused_by_name(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("tokenizer: {modalities: [größe]}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.yaml: not UTF-8"):
+        Config.load(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("model: {heads: 0}")
+    with pytest.raises(ValueError, match=r"b\.yaml: config key 'model\.heads': got 0"):
+        Config.load(tmp_path / "b.yaml")
+
+
+def test_names_of_any_language_are_saved(tmp_path):
+    config = Config().override({"tokenizer.modalities": ["größe", "画像"]})
+    config.save(tmp_path / "config.yaml")
+    assert "画像" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    assert Config.load(tmp_path / "config.yaml") == config
 
 
 def test_every_option_has_a_dotted_name():

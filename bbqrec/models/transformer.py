@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbqrec.data.batches import PackedBatch
-from bbqrec_kernels import similarity_attention_varlen
+from bbqrec_kernels import SimilarityAttention
 
 
 class Block(nn.Module):
@@ -17,23 +17,18 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim: got {dim}, expected a multiple of heads={heads}")
-        self.heads = heads
         self.attention_norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
+        self.attention = SimilarityAttention(dim, heads, is_causal=True)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
         )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, batch: PackedBatch, terms: Sequence = ()) -> Tensor:
-        query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        attended = similarity_attention_varlen(
-            query, key, value, terms, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, is_causal=True
-        )  # (T, H, D)
-        hidden = hidden + self.dropout(self.project(attended.flatten(1)))
+        attended = self.attention(
+            self.attention_norm(hidden), terms=terms, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+        )
+        hidden = hidden + self.dropout(attended)
         return hidden + self.dropout(self.feed_forward(hidden))
 
 

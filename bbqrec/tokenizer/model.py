@@ -17,10 +17,9 @@ from bbqrec.config import TokenizerConfig
 from bbqrec.data.batches import PackedBatch
 from bbqrec.data.dataset import Features
 from bbqrec.models.transformer import CausalTransformer
-from bbqrec.tokenizer.initialization import residual_kmeans
 from bbqrec.tokenizer.losses import GaussianNetwork, info_nce
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
-from bbqrec_kernels import residual_quantize
+from bbqrec_kernels import residual_kmeans, residual_quantize
 
 BEHAVIOUR = -1  # its index among the sources of codes: after the modalities
 

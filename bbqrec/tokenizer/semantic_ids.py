@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from bbqrec_kernels import residual_decode
+from bbqrec_kernels import codebook_usage, residual_decode
 
 CODES = "codes/"  # prefix of a modality's column in the table: it may be called `title`
 
@@ -43,14 +43,8 @@ class SemanticIDs:
 
     def usage(self) -> dict[str, list[float]]:
         """Per level: share of codewords in use, and perplexity (exp of the entropy of the code distribution)."""
-        used, perplexity = [], []
-        for level in range(self.codes.shape[2]):
-            codes = self.codes[:, :, level].flatten()
-            counts = torch.bincount(codes[codes >= 0], minlength=self.codebook_size).double()
-            p = counts / counts.sum().clamp_min(1)
-            used.append((counts > 0).double().mean().item())
-            perplexity.append(torch.exp(torch.special.entr(p).sum()).item())
-        return {"usage": used, "perplexity": perplexity}
+        found = codebook_usage(self.codes, self.codebook_size)
+        return {"usage": found.usage.tolist(), "perplexity": found.perplexity.tolist()}
 
     def collision_rate(self) -> float:
         """Share of items whose codes, over all modalities, another item has as well."""

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
+from bbqrec.training.run import damage_named
 
 STAGES = ("tokenizer", "sequence_model")
 
@@ -17,7 +18,11 @@ STAGES = ("tokenizer", "sequence_model")
 def read_log(folder: Path) -> pl.DataFrame:
     """The CSV logs of one stage as one row an epoch: every start of a run wrote a `version_*`, the latest counts."""
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
-    frames = [pl.read_csv(path, infer_schema_length=None) for path in versions if path.stat().st_size]
+    frames = []
+    for path in versions:
+        if path.stat().st_size:
+            with damage_named(path):
+                frames.append(pl.read_csv(path, infer_schema_length=None))
     if not frames:
         return pl.DataFrame({"epoch": []})
     rows = pl.concat(frames, how="diagonal_relaxed")

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import polars as pl
@@ -36,6 +37,17 @@ from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
+DAMAGE = (  # what reading a broken or foreign file raises
+    SafetensorError,
+    UnpicklingError,
+    EOFError,
+    RuntimeError,  # PyTorch's
+    pl.exceptions.PolarsError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 REPAIR = "copy the run folder again, or fit into a new one"
 
 
@@ -183,15 +195,7 @@ def damage_named(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing; {REPAIR}") from None
-    except (
-        SafetensorError,
-        pl.exceptions.PolarsError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {reason}); {REPAIR}"

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from bbqrec.training.modules import VALIDATION_METRIC
+from bbqrec.training.run import damage_named
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
             reload_dataloaders_every_n_epochs=1,  # a new loader: its batches are those of the epoch
         )
         latest = stage.checkpoints / "last.ckpt"
-        _fit_interruptibly(trainer, module, latest if latest.is_file() else None)
-    path = stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt")
-    best = torch.load(path, map_location="cpu", weights_only=True)  # written on a GPU, it may be read without one
+        if resumes := latest.is_file():
+            _load_checkpoint(latest)  # damage is told from what goes wrong in training
+        _fit_interruptibly(trainer, module, latest if resumes else None)
+    best = _load_checkpoint(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"))
     return {**best, "epochs_run": trainer.current_epoch}
 
 
@@ -80,6 +82,11 @@ class _Patience(EarlyStopping):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         trainer.should_stop = self.wait_count >= self.patience
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    with damage_named(path):  # written on a GPU, it may be read without one
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:

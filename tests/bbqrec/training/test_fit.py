@@ -228,6 +228,15 @@ def test_resuming_after_the_last_epoch_trains_no_more(bbqrec_run, tiny_data, tin
     assert same_weights(resumed, bbqrec_run)
 
 
+@pytest.mark.parametrize("content", [b"", b"half a checkpoint"])
+def test_a_damaged_checkpoint_is_named(content, sasrec_run, tiny_data, tiny_config, tmp_path):
+    copy = shutil.copytree(sasrec_run.folder, tmp_path / "run")
+    (copy / "metrics.json").unlink()
+    (copy / "checkpoints" / "sequence_model" / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt: is damaged"):
+        fit(tiny_data, copy, model="sasrec", config=tiny_config, progress=False)
+
+
 def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):
     config = tiny_config.override({"training.epochs": 40, "training.patience": 1, "training.learning_rate": 0.1})
     run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)

@@ -63,9 +63,7 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, dim: int, levels: int, codebook_size: int, *, ema_decay: float | None = None):
         super().__init__()
-        for name, size in (("dim", dim), ("levels", levels), ("codebook_size", codebook_size)):
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
+        _check_sizes(dim=dim, levels=levels, codebook_size=codebook_size)
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay: got {ema_decay}, expected a number from 0 to below 1, or None for gradients")
         self.ema_decay = ema_decay
@@ -124,6 +122,7 @@ class ResidualQuantizer(nn.Module):
         its squared distance to the nearest codeword (the first draw is that of k-means++). Where fewer rows than
         dead codewords are off their codeword, the rest of them stays dead. Statistics of moved codewords start anew:
         unused for 0 steps, averages of one row at the new place. With several ranks, the rows are those of rank 0.
+        Call it after the backward of a step, which reads the codebooks.
 
         Args:
             x: `(..., D)` recent rows, float32, bfloat16 or float16. Rows that are not finite are left out.
@@ -136,8 +135,7 @@ class ResidualQuantizer(nn.Module):
         Raises:
             ValueError: a window below 1, or an `x` of another width.
         """
-        if window < 1:
-            raise ValueError(f"window: got {window}, expected at least 1 step")
+        _check_sizes(window=window)
         self._check_width(x)
         residual = x.to(self.codebooks).reshape(-1, x.shape[-1])
         codebooks = self.codebooks.clone()
@@ -175,9 +173,7 @@ class ResidualQuantizer(nn.Module):
             self.ema_sums.copy_(torch.where(codewords[..., None], self.codebooks, self.ema_sums))
 
     def _check_width(self, x: Tensor) -> None:
-        check_tensor("x", x)
-        if x.dim() == 0:
-            raise ValueError("x: got a scalar, expected shape (..., D)")
+        _check_rows(x)
         check_size("x", x, -1, self.codebooks.shape[-1], "dim of the quantizer")
 
 
@@ -233,8 +229,10 @@ def residual_kmeans(
         `(L, K, D)` codebooks, dtype of `x`.
 
     Raises:
-        ValueError: no rows, or a value that is not finite.
+        ValueError: no rows, a value that is not finite, or a size below 1.
     """
+    _check_sizes(levels=levels, codebook_size=codebook_size)
+    _check_rows(x)
     residual = x.reshape(-1, x.shape[-1])
     if not len(residual) and _is_first_rank():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one row to start from")
@@ -346,7 +344,8 @@ class SimilarityAttention(nn.Module):
         """
         is_packed = cu_seqlens is not None
         check_tensor("x", x)
-        check_dim("x", x, *((2, "(T, dim), as cu_seqlens is given") if is_packed else (3, "(B, S, dim)")))
+        dim, layout = (2, "(T, dim), as cu_seqlens is given") if is_packed else (3, "(B, S, dim), as cu_seqlens is not")
+        check_dim("x", x, dim, layout)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, D)
         terms = (*self._terms(codes, positions, torch.promote_types(query.dtype, torch.float32)), *terms)
         if is_packed:
@@ -401,6 +400,18 @@ def _of_modalities(codes: Tensor | PackedCodes, modalities: Sequence[int]) -> Te
             "the largest modality that a channel names"
         )
     return torch.stack([codes[..., m, :] for m in modalities], -2)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+
+
+def _check_rows(x: Tensor) -> None:
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: got a scalar, expected shape (..., D)")
 
 
 def _sample(x: Tensor, n: int, generator: torch.Generator | None) -> Tensor:

@@ -315,9 +315,13 @@ def test_a_quantizer_that_cannot_be_is_refused(arguments: dict, message: str) ->
         quantizer(**arguments)
 
 
-def test_a_window_of_no_steps_is_refused() -> None:
+def test_steps_and_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="window: got 0"):
         quantizer().revive(torch.zeros(1, 6), window=0)
+    with pytest.raises(ValueError, match=r"x: got shape .* expected size 6"):
+        quantizer().revive(torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="levels: got 0"):
+        residual_kmeans(torch.zeros(1, 6), 0, 4)
 
 
 RANK = """
@@ -343,6 +347,8 @@ for ema_decay in (None, 0.75):
     found[f"revived {ema_decay}"] = {name: value.clone() for name, value in layer.state_dict().items()}
     layer.initialize(mine)
     found[f"initialized {ema_decay}"] = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.initialize(mine, iterations=0)
+    found[f"drawn {ema_decay}"] = layer.codebooks.detach().clone()
     single = ResidualQuantizer(6, 1, 1, ema_decay=ema_decay)
     single.initialize(mine)
     found[f"single {ema_decay}"] = single.codebooks.detach()
@@ -382,6 +388,8 @@ def test_two_ranks_train_as_one(tmp_path) -> None:
             torch.testing.assert_close(first[f"trained {ema_decay}"][name], value, rtol=1e-5, atol=1e-6)
         assert first[f"moved {ema_decay}"].sum() == 6
         assert not torch.equal(first[f"revived {ema_decay}"]["codebooks"], layer.codebooks)
+        drawn = first[f"drawn {ema_decay}"][0]
+        assert (drawn[:, None] == x[:20]).all(-1).any(1).all()  # rows of rank 0
         torch.testing.assert_close(first[f"single {ema_decay}"][0, 0], x.mean(0))
 
 
@@ -550,7 +558,7 @@ class TestAttention:
             ({"levels": L + 1, "prefix": [(0, 0)]}, {"codes": tokens()["codes"]}, "bias: got 5 buckets, expected 4"),
             ({"gaps": 1}, {"positions": tokens()["positions"]}, "bias: got 1 channels, expected 2"),
             ({}, {"cu_seqlens": torch.tensor([0, S], dtype=torch.int32)}, r"x: got shape .* expected 2 dimensions"),
-            ({}, {"x": torch.zeros(S, DIM)}, r"x: got shape .* expected 3 dimensions"),
+            ({}, {"x": torch.zeros(S, DIM)}, r"expected 3 dimensions \(B, S, dim\), as cu_seqlens is not"),
             (
                 {},
                 {

@@ -203,9 +203,12 @@ class TestRevival:
         layer.steps_unused.copy_(torch.tensor(unused))
         return layer
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("ema_decay", [None, DECAY])
-    def test_moves_dead_codewords_only_and_starts_their_statistics_anew(self, ema_decay: float | None) -> None:
-        layer, x = self.stale([[0, 5, 4, 9], [5, 0, 2, 1]], ema_decay), torch.randn(30, 6)
+    def test_moves_dead_codewords_only_and_starts_their_statistics_anew(
+        self, ema_decay: float | None, dtype: torch.dtype
+    ) -> None:
+        layer, x = self.stale([[0, 5, 4, 9], [5, 0, 2, 1]], ema_decay), torch.randn(30, 6).to(dtype)
         if ema_decay is not None:
             layer.ema_counts.fill_(3)
             layer.ema_sums.fill_(7)
@@ -214,7 +217,7 @@ class TestRevival:
         dead = torch.tensor([[False, True, False, True], [True, False, False, False]])
         assert torch.equal(moved, dead)
         assert torch.equal(layer.codebooks[~dead], before[~dead])
-        residual = x
+        residual = x.float()
         for level in range(2):
             for word in layer.codebooks[level][dead[level]]:
                 assert (residual == word).all(1).sum() == 1  # each is a row, of what the new codebooks leave over

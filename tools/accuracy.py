@@ -37,14 +37,13 @@ def measure(data: Dataset, model: str, seed: int, out: Path, options: list[str])
 
 def markdown(rows: pl.DataFrame) -> str:
     """Mean and, in brackets, standard deviation over seeds; `rows` as `measure` gives them."""
-    lines = ["| model | split | Recall@10 | NDCG@10 | seconds a run |", "|---|---|---|---|---|"]
+    lines = ["| model | split | Recall@10 | NDCG@10 |", "|---|---|---|---|"]
     for split in ("validation", "test"):
         for model, title in TITLES.items():
             chosen = rows.filter(model=model, split=split)
             if len(chosen):
                 cells = [_mean(chosen[name]) for name in ("recall@10", "ndcg@10")]
-                seconds = "–" if model == "most_popular" else f"{chosen['seconds'].mean():.0f}"
-                lines.append(f"| {title} | {split} | {' | '.join(cells)} | {seconds} |")
+                lines.append(f"| {title} | {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -125,7 +125,8 @@ class Tokenizer(nn.Module):
                 _add(losses, "item_contrast", config.item_contrast_weight / len(pairs), loss)
         if config.sequence_contrast_weight > 0:
             content = torch.stack([quantized for quantized, _ in aligned]).sum(0) + behaviour  # (N, d)
-            history = self.history_encoder(content[torch.searchsorted(items, batch.items)], batch)
+            # Not content[...]: gradients of repeated indices would be summed in no fixed order.
+            history = self.history_encoder(F.embedding(torch.searchsorted(items, batch.items), content), batch)
             target = torch.searchsorted(items, batch.targets)
             loss = info_nce(history, content, config.temperature, positives=target)
             _add(losses, "sequence_contrast", config.sequence_contrast_weight, loss)

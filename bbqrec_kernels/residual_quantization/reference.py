@@ -1,9 +1,13 @@
-"""The formulas in plain torch: the oracle in float64, and what runs where no compiled library could be built."""
+"""The formulas in plain torch: the oracle in float64, and what runs where no compiled library could be built.
+
+Codewords are looked up by `F.embedding`: gradients of `words[codes]` would be summed in no fixed order.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bbqrec_kernels._checks import is_on_cpu_to_look_at
 
@@ -39,7 +43,7 @@ def quantize_to_codes(x: Tensor, codebooks: Tensor, codes: Tensor) -> tuple[Tens
     residual, quantized = rows, torch.zeros_like(rows)
     commitment, codebook = [], []
     for words, chosen in zip(codebooks, codes.clamp_min(0).unbind(-1), strict=True):
-        word = torch.where(bad, 0.0, words[chosen])  # (..., D)
+        word = torch.where(bad, 0.0, F.embedding(chosen, words))  # (..., D)
         commitment.append(_mean_square(residual - word.detach()))
         codebook.append(_mean_square(residual.detach() - word))
         residual = residual - word.detach()
@@ -54,7 +58,7 @@ def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     total = codebooks.new_zeros(*codes.shape[:-1], codebooks.shape[-1])
     for level, words in enumerate(codebooks):
         chosen = codes[..., level].long()
-        total = total + torch.where(chosen[..., None] >= 0, words[chosen.clamp_min(0)], 0)
+        total = total + torch.where(chosen[..., None] >= 0, F.embedding(chosen.clamp_min(0), words), 0)
     return total
 
 

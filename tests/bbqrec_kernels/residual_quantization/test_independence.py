@@ -78,6 +78,28 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_every_call_gives_the_same_bits(impl: str) -> None:
+    """Sums over rows that share a codeword have a fixed order, although two threads work on them."""
+    x, codebooks = rq.random_inputs(3000, width=64, levels=2, size=16)
+    codebooks.requires_grad_()
+
+    def everything() -> list[Tensor]:
+        result = residual_quantize(x, codebooks, impl=impl)
+        decoded = residual_decode(result.codes, codebooks, impl=impl)
+        loss = result.codebook_loss.sum() + (decoded * x).sum()
+        return [*torch.autograd.grad(loss, codebooks), *residual_statistics(x, result.codes, codebooks, impl=impl)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = everything()
+        for _ in range(10):
+            assert all(map(torch.equal, expected, everything()))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("impl", "rows", "size"), [("cpu", 200_000, 1024), ("cpu", 1024, 200_000), ("reference", 20_000, 4096)]
 )

@@ -1,0 +1,64 @@
+"""Gradients have the same bits every time, whatever threads do: a run is repeated by its seed."""
+
+import pytest
+import torch
+
+from bbqrec import Config
+from bbqrec.data import TrainingBatches, leave_one_out
+from bbqrec.data.demo import make_demo_dataset
+from bbqrec.models import SequenceModel
+from bbqrec.tokenizer import Tokenizer
+
+REPEATS = 10
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_demo_dataset(n_users=300, n_items=600)
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    """Large enough to be shared among threads, with many items that occur more than once."""
+    return next(iter(TrainingBatches(leave_one_out(data).train, max_length=50, batch_tokens=1500, seed=0)))
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(model, loss):
+    first = gradients_of(model, loss)
+    assert first
+    for _ in range(REPEATS):
+        again = gradients_of(model, loss)
+        assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(data.features, data.n_items, Config().tokenizer, max_length=50)
+    tokenizer.initialize_codebooks(torch.Generator().manual_seed(0))
+    return tokenizer.eval()  # no dropout
+
+
+def test_tokenizer(tokenizer, batch):
+    items = torch.cat([batch.items, batch.targets]).unique()
+    check(tokenizer, lambda: sum(tokenizer.losses(items, batch).values()))
+
+
+@pytest.mark.parametrize("with_ids", [True, False], ids=["bbqrec", "sasrec"])
+def test_sequence_model(tokenizer, data, batch, with_ids):
+    model = SequenceModel(data.n_items, Config().model, tokenizer.semantic_ids() if with_ids else None).eval()
+    check(model, lambda: model.loss(batch))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
+from bbqrec.models.losses import catalogue_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec_kernels import pack, prefix
@@ -67,7 +68,7 @@ class SequenceModel(nn.Module):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the whole catalogue, at every position of the batch."""
         vectors = self.item_vectors()
-        return F.cross_entropy(self(batch, vectors) @ vectors.T, batch.targets)
+        return catalogue_cross_entropy(self(batch, vectors), vectors, batch.targets)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:

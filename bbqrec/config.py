@@ -31,6 +31,13 @@ class TokenizerConfig(Section):
     dim: int = Field(64, ge=1, description="width of the codewords, d")
     hidden: int = Field(256, ge=1, description="hidden width of encoders and decoders")
     shared_codebooks: bool = Field(True, description="one codebook for all modalities and behaviour, or one each")
+    ema_decay: float | None = Field(
+        0.9, ge=0, lt=1, description="codebooks are moving averages that keep this much a step; null: by gradient"
+    )
+    kmeans_iterations: int = Field(10, ge=0, description="of the residual k-means that codebooks start from")
+    revive_after: int = Field(
+        50, ge=0, description="steps without use after which a codeword moves to where items fit badly; 0: never"
+    )
     disentangle: bool = Field(True, description="give the decoder a modality-specific part beside the quantized one")
     commitment_weight: float = Field(0.25, ge=0, description="beta of the quantization loss")
     reconstruction_weight: float = Field(1.0, ge=0)
@@ -57,6 +64,10 @@ class ModelConfig(Section):
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
+    relative_position: bool = Field(True, description="bias attention by how many places apart two items are")
+    relative_time: bool = Field(False, description="bias attention by how long apart; histories then need times")
+    cosine_output: bool = Field(False, description="score by the cosine of hidden state and item vector")
+    output_scale: float = Field(15.0, gt=0, description="what multiplies the cosine")
 
 
 class TrainingConfig(Section):

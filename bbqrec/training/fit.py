@@ -70,8 +70,10 @@ def fit(
     started = time.perf_counter()
     widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
     say(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}")
-    if features and config.model.reweighting and config.model.cross_modal and len(features) ** 2 > MAX_CHANNELS:
-        say(f"model.cross_modal: no, attention takes {MAX_CHANNELS} channels, {len(features)} x {len(features)} needed")
+    if len(features) > 1 and config.model.reweighting and config.model.cross_modal:
+        channels = attention_channels(len(features), config.model)
+        if len(channels) == len(features):
+            say(f"model.cross_modal: no, attention takes {MAX_CHANNELS} channels, {len(features) ** 2} needed for it")
     semantic_ids = _fit_tokenizer(run.folder, data, features, split, config, bars, say) if features else None
     sequence_model = _fit_sequence_model(run.folder, data, split, config, semantic_ids, bars, say)
 
@@ -129,7 +131,9 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
     _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
     if model.reweighting:
-        attention_channels(len(features), model.cross_modal)  # refuses too many
+        attention_channels(len(features), model)  # refuses too many
+    if model.relative_time and data.histories.timestamps is None:
+        raise ValueError(f"model.relative_time: got true, but {data.name} has no timestamps; set it to false")
 
 
 def _check_heads(option: str, dim: int, heads: int, what: str) -> None:

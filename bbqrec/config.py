@@ -64,7 +64,7 @@ class ModelConfig(Section):
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
-    relative_position: bool = Field(True, description="bias attention by how many places apart two items are")
+    relative_position: bool = Field(False, description="bias attention by how many places apart two items are")
     relative_time: bool = Field(False, description="bias attention by how long apart; histories then need times")
     cosine_output: bool = Field(False, description="score by the cosine of hidden state and item vector")
     output_scale: float = Field(15.0, gt=0, description="what multiplies the cosine")

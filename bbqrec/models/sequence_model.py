@@ -46,12 +46,12 @@ class SequenceModel(nn.Module):
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
         self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
         self.tables = self.position_tables = self.time_tables = None
+        if config.relative_position:
+            buckets = (config.max_length - 1).bit_length() + 1
+            self.position_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, buckets))
+        if config.relative_time:
+            self.time_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, TIME_BUCKETS))
         if semantic_ids is not None:
-            if config.relative_position:
-                buckets = (config.max_length - 1).bit_length() + 1
-                self.position_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, buckets))
-            if config.relative_time:
-                self.time_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, TIME_BUCKETS))
             self.register_buffer("codes", semantic_ids.codes.clone())
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
             self.codebooks.requires_grad_(has_content)

@@ -102,9 +102,7 @@ class Tokenizer(nn.Module):
 
     def _quantized_rows(self, items: Tensor) -> list[Tensor]:
         """What each quantizer has to quantize of these items `(N,)`."""
-        rows = [
-            encode(self.features(m)[items[self.present(m)[items]]]) for m, encode in enumerate(self.encoders)
-        ]
+        rows = [encode(self.features(m)[items[self.present(m)[items]]]) for m, encode in enumerate(self.encoders)]
         rows.append(self.behaviour_vectors()[items])
         return [torch.cat(rows)] if len(self.quantizers) == 1 else rows
 

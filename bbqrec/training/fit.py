@@ -65,7 +65,8 @@ def fit(
         SemanticIDs.none(job.data.n_items).save_table(folder / "semantic_ids.parquet", *job.names)
     plots.save_curves(folder / "curves.png", folder / "logs")
     seconds = job.run.facts.get("seconds", 0) + time.perf_counter() - started
-    write_json(folder / "run.json", {**job.run.facts, "seconds": round(seconds, 1)})
+    facts = {"seconds": round(seconds, 1), "peak_memory_mb": _peak_memory_mb()}
+    write_json(folder / "run.json", {**job.run.facts, **facts})
     save_model(sequence_model, folder / "model.safetensors")
     metrics = _final_metrics(job, sequence_model)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
@@ -272,6 +273,16 @@ def _final_metrics(job: _Job, model: SequenceModel) -> dict[str, Any]:
         "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
     }
     return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.features else metrics
+
+
+def _peak_memory_mb() -> int | None:
+    """The most memory that this process has had resident so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
 def _say(text: str, end: str = "\n") -> None:

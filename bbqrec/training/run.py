@@ -1,7 +1,7 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
 config.yaml            every option of the run
-run.json               data set (name, path, fingerprint), versions, time
+run.json               data set (name, path, fingerprint), versions, seconds, peak memory
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
 tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number

@@ -66,6 +66,7 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
     assert run.finished
     assert run.facts["data"]["fingerprint"] == tiny_data.fingerprint()
     assert run.facts["seconds"] > 0
+    assert 50 < run.facts["peak_memory_mb"] < 50_000
     table = pl.read_parquet(run.folder / "semantic_ids.parquet")
     assert table["item"].to_list() == tiny_data.item_ids
     assert run.semantic_ids.modalities == tuple(tiny_data.features)

@@ -131,26 +131,6 @@ def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("option", "model"),
-    [
-        ("training.learning_rate=0.02", "sasrec"),
-        ("training.weight_decay=5", "sasrec"),
-        ("tokenizer.temperature=0.5", "bbqrec"),
-        ("tokenizer.learning_rate=0.01", "bbqrec"),
-        ("tokenizer.club_weight=1", "bbqrec"),
-    ],
-)
-def test_options_change_the_result(option, model, tiny_data, tiny_config, tmp_path):
-    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
-    weights = "tokenizer.safetensors" if model == "bbqrec" else "model.safetensors"
-    a, b = (
-        load_file(fit(tiny_data, tmp_path / name, model=model, config=options, progress=False).folder / weights)
-        for name, options in (("a", config), ("b", config.override([option])))
-    )
-    assert not all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),

@@ -231,7 +231,8 @@ def _make_semantic_ids(job: _Job) -> SemanticIDs:
     if not weights.is_file():
         batches = TrainingBatches(job.split.train, max_length, options.batch_tokens, seed)
         module = TokenizerModule(tokenizer, job.config, batches)
-        train(module, Stage(job.run.folder, "tokenizer", options.epochs), bars=job.bars)
+        epochs = min(options.epochs, -(-options.max_steps // len(batches)))
+        train(module, Stage(job.run.folder, "tokenizer", epochs), bars=job.bars)
         save_weights(tokenizer.state_dict(), weights)
     with damage_named(weights):
         tokenizer.load_state_dict(load_file(weights))

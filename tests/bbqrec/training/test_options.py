@@ -29,6 +29,7 @@ ALTERNATIVES = {
     "tokenizer.sequence_contrast_weight": (0, {}),
     "tokenizer.temperature": (0.5, {}),
     "tokenizer.epochs": (1, {}),
+    "tokenizer.max_steps": (1, {}),
     "tokenizer.batch_tokens": (100, {}),
     "tokenizer.batch_items": (60, {}),
     "tokenizer.learning_rate": (0.1, {}),

@@ -27,7 +27,7 @@ class TokenizerConfig(Section):
         None, min_length=1, description="feature sets to use; null takes all that the data has"
     )
     levels: int = Field(4, ge=1, le=16, description="codes per semantic ID, L")
-    codebook_size: int = Field(64, ge=1, description="codewords per level, K")
+    codebook_size: int = Field(256, ge=1, description="codewords per level, K")
     dim: int = Field(64, ge=1, description="width of the codewords, d")
     hidden: int = Field(256, ge=1, description="hidden width of encoders and decoders")
     shared_codebooks: bool = Field(True, description="one codebook for all modalities and behaviour, or one each")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -57,6 +57,7 @@ class ModelConfig(Section):
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
+    beam: int = Field(50, ge=1, description="items that TIGER's search finds, those of the history included")
 
 
 class TrainingConfig(Section):
@@ -70,13 +71,49 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
 
 
-class Config(Section):
-    """All options of a run."""
+# Where a model's defaults are others than the fields': of the options that nobody set.
+DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
+    "tiger": {
+        "tokenizer": {
+            "levels": 3,
+            "codebook_size": 256,
+            "shared_codebooks": False,
+            "disentangle": False,
+            "club_weight": 0.0,
+            "item_contrast_weight": 0.0,
+            "sequence_contrast_weight": 0.0,
+        },
+        "model": {
+            "dropout": 0.1,
+            "max_length": 20,
+            "item_id": False,
+            "content": False,
+            "reweighting": False,
+            "cross_modal": False,
+        },
+        "training": {"batch_tokens": 1024, "learning_rate": 1e-3, "weight_decay": 0.05},
+    },
+}
+READ_BY_TIGER_ALONE = {"beam"}  # of the options of the sequence model
+READ_BY_TIGER = {"dim", "layers", "heads", "dropout", "max_length", *READ_BY_TIGER_ALONE}
 
-    model_name: Literal["bbqrec", "sasrec"] = "bbqrec"
+
+class Config(Section):
+    """All options of a run. Those that are not given have the defaults of the model (see `DEFAULTS_OF_MODEL`)."""
+
+    model_name: Literal["bbqrec", "sasrec", "tiger"] = "bbqrec"
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @model_validator(mode="after")
+    def _fill_in_defaults(self) -> Config:
+        """Beside `model_fields_set`, which stays what was given: another model, chosen later, has other defaults."""
+        for name, section in self._sections().items():
+            unset = section.model_fields.keys() - section.model_fields_set
+            self.__dict__[name] = section.model_copy(update={key: self._default(name, key) for key in unset})
+            self.__dict__[name].__pydantic_fields_set__.difference_update(unset)
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -110,7 +147,7 @@ class Config(Section):
         if not isinstance(assignments, Mapping):
             pairs = (_split_assignment(a) for a in assignments)
             assignments = {key: _read_yaml(value, f"config key {key!r}") for key, value in pairs}
-        values = self.model_dump()
+        values = self.given()
         for key, value in assignments.items():
             *sections, leaf = key.split(".")
             target = values
@@ -120,6 +157,30 @@ class Config(Section):
                     raise ValueError(f"config key {key!r}: {name!r} is an option, not a section")
             target[leaf] = value
         return Config.parse(values)
+
+    def given(self) -> dict[str, Any]:
+        """Nested values of the options that were given, all others having their defaults."""
+        sections = self._sections()
+        values = {name: getattr(self, name) for name in self.model_fields_set - sections.keys()}
+        return values | {name: section.model_dump(exclude_unset=True) for name, section in sections.items()}
+
+    def check_read(self) -> None:
+        """Raises `ValueError` for an option of the sequence model that was given, but that this model does not have."""
+        is_read = READ_BY_TIGER if self.model_name == "tiger" else ModelConfig.model_fields.keys() - READ_BY_TIGER_ALONE
+        for key, value in self.model.model_dump(exclude_unset=True).items():
+            if key not in is_read and value != (default := self._default("model", key)):
+                raise ValueError(
+                    f"model.{key}: got {value}, but model {self.model_name!r} does not read it; "
+                    f"leave it out, or at {default}"
+                )
+
+    def _sections(self) -> dict[str, Section]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Section)}
+
+    def _default(self, section: str, key: str) -> Any:
+        of_model = DEFAULTS_OF_MODEL.get(self.model_name, {}).get(section, {})
+        field = type(getattr(self, section)).model_fields[key]
+        return of_model[key] if key in of_model else field.get_default(call_default_factory=True)
 
 
 def option_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

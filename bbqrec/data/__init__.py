@@ -1,6 +1,6 @@
 """Data sets, how they are split, and the batches models see."""
 
-from bbqrec.data.batches import PackedBatch, TrainingBatches, pack_histories
+from bbqrec.data.batches import PackedBatch, PrefixBatches, TrainingBatches, pack_histories
 from bbqrec.data.dataset import Dataset, Features, Histories
 from bbqrec.data.splits import Heldout, Split, leave_one_out
 
@@ -11,6 +11,7 @@ __all__ = [
     "Histories",
     "PackedBatch",
     "Split",
+    "PrefixBatches",
     "TrainingBatches",
     "leave_one_out",
     "pack_histories",

@@ -110,9 +110,9 @@ class Config(Section):
     def _fill_in_defaults(self) -> Config:
         """Beside `model_fields_set`, which stays what was given: another model, chosen later, has other defaults."""
         for name, section in self._sections().items():
-            unset = section.model_fields.keys() - section.model_fields_set
+            unset = type(section).model_fields.keys() - section.model_fields_set
             self.__dict__[name] = section.model_copy(update={key: self._default(name, key) for key in unset})
-            self.__dict__[name].__pydantic_fields_set__.difference_update(unset)
+            self.__dict__[name].model_fields_set.difference_update(unset)  # `update` added them
         return self
 
     @classmethod
@@ -159,10 +159,9 @@ class Config(Section):
         return Config.parse(values)
 
     def given(self) -> dict[str, Any]:
-        """Nested values of the options that were given, all others having their defaults."""
-        sections = self._sections()
-        values = {name: getattr(self, name) for name in self.model_fields_set - sections.keys()}
-        return values | {name: section.model_dump(exclude_unset=True) for name, section in sections.items()}
+        """Nested values of the model's name and of the options that were given; all others have their defaults."""
+        sections = {name: section.model_dump(exclude_unset=True) for name, section in self._sections().items()}
+        return {"model_name": self.model_name, **sections}
 
     def check_read(self) -> None:
         """Raises `ValueError` for an option of the sequence model that was given, but that this model does not have."""

@@ -77,7 +77,9 @@ class IDTree(nn.Module):
         searches, beams = nodes.shape
         first = self.first_child(depth)
         counts = (first[nodes + 1] - first[nodes]).masked_fill(scores == -torch.inf, 0)
-        beam = torch.arange(searches * beams, device=nodes.device).repeat_interleave(counts.flatten())  # (C,) candidates
+        beam = torch.arange(searches * beams, device=nodes.device).repeat_interleave(
+            counts.flatten()
+        )  # (C,) candidates
         node = _count_up(counts.flatten(), beam) + first[nodes].flatten()[beam]
         score = scores.flatten()[beam] + log_probs.flatten(0, 1)[beam, self.token(depth)[node]]
         # Searches have different numbers of candidates: side by side, filled up with -inf.

@@ -137,6 +137,12 @@ def test_order_matters_and_so_does_every_item():
         assert not torch.allclose(ranker.score(packed(other)), usual, atol=1e-3)
 
 
+def test_the_encoder_sees_both_ways():
+    ranker = model()
+    first, changed = (ranker._remember(packed(history)).layers[0][0][0, :, 0] for history in ([3, 1, 4], [3, 1, 7]))
+    assert (first - changed).abs().max() > 1e-3
+
+
 def test_items_of_equal_codes_differ_by_their_last_token():
     ids = semantic_ids()
     ids.codes[7] = ids.codes[8] = ids.codes[9]
@@ -206,4 +212,4 @@ def test_what_always_follows_is_learned():
     inputs = [row[:-1] for row in rows]
     scores = ranker.eval().score(pack_histories([np.array(row) for row in inputs], 6))
     found = ranks(scores, torch.tensor([row[-1] for row in rows]))
-    assert (found == 1).double().mean() > 0.95
+    assert (found == 1).double().mean() > 0.9

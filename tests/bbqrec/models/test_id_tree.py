@@ -74,6 +74,7 @@ def test_nan_is_no_score_that_is_passed_over(tree):
     best = tree.expand(0, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), log_probs, width=2)
     assert best.scores.isnan().all()
     following = tree.expand(1, best.nodes, best.scores, torch.zeros(1, 2, 4), width=2)
+    assert following.scores.shape == (1, 2)
     assert following.scores.isnan().all()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -69,6 +69,7 @@ class ModelConfig(Section):
     relative_time: bool = Field(False, description="bias attention by how long apart; histories then need times")
     cosine_output: bool = Field(False, description="score by the cosine of hidden state and item vector")
     output_scale: float = Field(15.0, gt=0, description="what multiplies the cosine")
+    beam: int = Field(50, ge=1, description="items that TIGER's search finds, those of the history included")
 
 
 class TrainingConfig(Section):
@@ -82,13 +83,53 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
 
 
-class Config(Section):
-    """All options of a run."""
+# Where a model's defaults are others than the fields': of the options that nobody set.
+DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
+    "tiger": {
+        "tokenizer": {
+            "levels": 3,
+            "shared_codebooks": False,
+            "disentangle": False,
+            "club_weight": 0.0,
+            "item_contrast_weight": 0.0,
+            "sequence_contrast_weight": 0.0,
+        },
+        "model": {
+            "dropout": 0.1,
+            "max_length": 20,
+            "item_id": False,
+            "content": False,
+            "reweighting": False,
+            "cross_modal": False,
+        },
+        "training": {"batch_tokens": 1024, "learning_rate": 1e-3, "weight_decay": 0.05},
+    },
+}
+READ_BY_TIGER = {"dim", "layers", "heads", "dropout", "max_length", "beam"}  # of the options of the sequence model
+OF_SEMANTIC_IDS = {"content", "reweighting", "cross_modal"}  # SASRec has none
+NOT_READ = {
+    "bbqrec": {"beam"},
+    "sasrec": {"beam", *OF_SEMANTIC_IDS},
+    "tiger": ModelConfig.model_fields.keys() - READ_BY_TIGER,
+}
 
-    model_name: Literal["bbqrec", "sasrec"] = "bbqrec"
+
+class Config(Section):
+    """All options of a run. Those that are not given have the defaults of the model (see `DEFAULTS_OF_MODEL`)."""
+
+    model_name: Literal["bbqrec", "sasrec", "tiger"] = "bbqrec"
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @model_validator(mode="after")
+    def _fill_in_defaults(self) -> Config:
+        """Beside `model_fields_set`, which stays what was given: another model, chosen later, has other defaults."""
+        for name, section in self._sections().items():
+            unset = type(section).model_fields.keys() - section.model_fields_set
+            self.__dict__[name] = section.model_copy(update={key: self._default(name, key) for key in unset})
+            self.__dict__[name].model_fields_set.difference_update(unset)  # `update` added them
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
@@ -122,7 +163,7 @@ class Config(Section):
         if not isinstance(assignments, Mapping):
             pairs = (_split_assignment(a) for a in assignments)
             assignments = {key: _read_yaml(value, f"config key {key!r}") for key, value in pairs}
-        values = self.model_dump()
+        values = self.given()
         for key, value in assignments.items():
             *sections, leaf = key.split(".")
             target = values
@@ -132,6 +173,28 @@ class Config(Section):
                     raise ValueError(f"config key {key!r}: {name!r} is an option, not a section")
             target[leaf] = value
         return Config.parse(values)
+
+    def given(self) -> dict[str, Any]:
+        """Nested values of the model's name and of the options that were given; all others have their defaults."""
+        sections = {name: section.model_dump(exclude_unset=True) for name, section in self._sections().items()}
+        return {"model_name": self.model_name, **sections}
+
+    def check_read(self) -> None:
+        """Raises `ValueError` for an option of the sequence model that was given, but that this model does not have."""
+        for key, value in self.model.model_dump(exclude_unset=True).items():
+            if key in NOT_READ[self.model_name] and value != (default := self._default("model", key)):
+                raise ValueError(
+                    f"model.{key}: got {value}, but model {self.model_name!r} does not read it; "
+                    f"leave it out, or at {default}"
+                )
+
+    def _sections(self) -> dict[str, Section]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Section)}
+
+    def _default(self, section: str, key: str) -> Any:
+        of_model = DEFAULTS_OF_MODEL.get(self.model_name, {}).get(section, {})
+        field = type(getattr(self, section)).model_fields[key]
+        return of_model[key] if key in of_model else field.get_default(call_default_factory=True)
 
 
 def option_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -72,7 +72,7 @@ def command(
 def fit(
     data: Annotated[Path, typer.Option(help="Data set: a folder in one of the formats read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write; an unfinished one is resumed.")],
-    model: Annotated[str | None, typer.Option(help="bbqrec or sasrec; by default what the options say.")] = None,
+    model: Annotated[str | None, typer.Option(help="bbqrec, sasrec or tiger; by default what the options say.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     assignments: Assignments = None,
     as_json: AsJson = False,

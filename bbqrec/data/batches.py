@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bbqrec.data.dataset import Histories
 
+PREFIXES_A_HISTORY = 6
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
@@ -85,11 +87,12 @@ class TrainingBatches(IterableDataset):
         if not (histories.lengths > 1).any():
             raise ValueError("histories: no user has two interactions in training; there is no transition to learn")
         self.histories = histories
-        self.starts, self.stops = _windows(histories, max_length)  # of the inputs
+        self.starts, self.stops = self._inputs(histories, max_length)
         self.seed = seed
         self.epoch = 0
-        n_batches = -(-int((self.stops - self.starts).sum()) // batch_tokens)
-        self.n_batches = min(n_batches, len(self.starts))
+        self.epochs_of_a_pass = self._epochs_of_a_pass()
+        n_batches = -(-int((self.stops - self.starts).sum()) // (batch_tokens * self.epochs_of_a_pass))
+        self.n_batches = min(n_batches, len(self.starts) // self.epochs_of_a_pass)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -99,7 +102,8 @@ class TrainingBatches(IterableDataset):
         return -(-self.n_batches // _rank_and_world()[1])
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.starts))
+        a_pass, part = divmod(self.epoch, self.epochs_of_a_pass)
+        order = np.random.default_rng((self.seed, a_pass)).permutation(len(self.starts))[part :: self.epochs_of_a_pass]
         bounds = _bounds(self.stops[order] - self.starts[order], self.n_batches)
         rank, world = _rank_and_world()
         worker = get_worker_info()
@@ -110,6 +114,31 @@ class TrainingBatches(IterableDataset):
             starts, stops = self.starts[windows], self.stops[windows]
             inputs = self.histories.spans(starts, stops)
             yield _pack(inputs, targets=self.histories.spans(starts + 1, stops + 1).items)
+
+    def _inputs(self, histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        return _windows(histories, max_length)
+
+    def _epochs_of_a_pass(self) -> int:
+        return 1
+
+
+class PrefixBatches(TrainingBatches):
+    """Single transitions, for models that read a history as a whole: an item, and up to `max_length` items before it.
+
+    In a batch each sequence is such a prefix; what follows it is the target at its last position. There are as many
+    prefixes as transitions, and a long history has many long ones: where there are more than `PREFIXES_A_HISTORY`
+    for every history with a transition, a pass over all of them takes several epochs, each with an equal share, so that
+    validation is not rare. All else is as in `TrainingBatches`; the average tokens a batch are those of a pass.
+    """
+
+    def _inputs(self, histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        stops = np.arange(1, len(histories.items))
+        first = np.repeat(histories.offsets[:-1], histories.lengths)[1:]  # of the history that each target is in
+        stops, first = stops[stops > first], first[stops > first]
+        return np.maximum(first, stops - max_length), stops
+
+    def _epochs_of_a_pass(self) -> int:
+        return max(1, round(len(self.starts) / (PREFIXES_A_HISTORY * int((self.histories.lengths > 1).sum()))))
 
 
 def _windows(histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The causal Transformer that every sequence model here uses, on packed sequences: no padding is computed."""
+"""The Transformer that every sequence model here uses, on packed sequences: no padding is computed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from bbqrec_kernels import SimilarityAttention
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    def __init__(self, dim: int, heads: int, dropout: float, *, is_causal: bool = True):
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SimilarityAttention(dim, heads, is_causal=True)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
+        self.attention = SimilarityAttention(dim, heads, is_causal=is_causal)
+        self.feed_forward = feed_forward(dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, batch: PackedBatch, terms: Sequence = ()) -> Tensor:
@@ -53,3 +51,10 @@ class CausalTransformer(nn.Module):
         for depth, block in enumerate(self.blocks):
             hidden = block(hidden, batch, terms[depth] if terms else ())
         return self.norm(hidden)
+
+
+def feed_forward(dim: int, dropout: float) -> nn.Sequential:
+    """With the norm before it."""
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+    )

@@ -10,6 +10,7 @@ import torch
 from bbqrec.data.batches import pack_histories
 from bbqrec.data.dataset import Histories, unknown_item
 from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.run import Run
 
@@ -17,7 +18,7 @@ BATCH_HISTORIES = 256  # bounds the memory of the scores, BATCH_HISTORIES x n_it
 
 
 class BBQRec:
-    """Recommends the next items of histories. `BBQRec.load` opens a run folder of any model, SASRec too.
+    """Recommends the next items of histories. `BBQRec.load` opens a run folder of any model, SASRec and TIGER too.
 
     Args:
         model: a trained model; its device is where scores are computed.
@@ -29,7 +30,7 @@ class BBQRec:
 
     def __init__(
         self,
-        model: SequenceModel,
+        model: SequenceModel | Tiger,
         item_ids: Sequence[str],
         titles: Sequence[str],
         max_length: int,
@@ -69,12 +70,13 @@ class BBQRec:
 
         Returns:
             For each history `k` pairs of item id and score, best first. Scores are logits of the softmax over items:
-            they compare within a history, not between histories.
+            they compare within a history, not between histories. TIGER's are log-probabilities.
 
         Raises:
             TypeError: `histories` is no list of lists of strings.
-            ValueError: an item is unknown, a history is empty, `k` is below 1 or above the number of candidates, or
-                timestamps are missing, not needed, or not one for each item.
+            ValueError: an item is unknown, a history is empty, `k` is below 1 or above the number of candidates (of
+                TIGER, those that its search finds, `model.beam`, without the history), or timestamps are missing, not
+                needed, or not one for each item.
         """
         indices = [self._indices(n, history) for n, history in enumerate(histories)]
         self._check_timestamps(indices, timestamps)
@@ -91,6 +93,13 @@ class BBQRec:
             chosen = slice(start, start + BATCH_HISTORIES)
             times = None if timestamps is None else timestamps[chosen]
             recommended += self._recommend(indices[chosen], times, k, keep_history)
+        for n, found in enumerate(recommended):
+            if len(found) < k:  # of models that search
+                raise ValueError(
+                    f"k: got {k}, expected 1 to {len(found)} for history {n}: the search keeps "
+                    f"{self.model.config.beam} items, some of them left out as history; ask for fewer, or fit with a "
+                    "larger model.beam"
+                )
         return recommended
 
     def title(self, item: str) -> str:
@@ -136,6 +145,6 @@ class BBQRec:
                 row[items] = -torch.inf
         best = scores.topk(k)
         return [
-            [(self.item_ids[i], score) for i, score in zip(*row, strict=True)]
+            [(self.item_ids[i], score) for i, score in zip(*row, strict=True) if score != -torch.inf]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]

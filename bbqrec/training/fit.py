@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from bbqrec.config import Config, flat_options
-from bbqrec.data.batches import TrainingBatches
+from bbqrec.data.batches import PrefixBatches, TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
+from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -42,7 +44,7 @@ def fit(
         data: a data set, or the path of one.
         out: the run folder. If it holds an unfinished run of the same data and options, that run is resumed and ends
             where an undisturbed one ends; a finished one is returned as it is.
-        model: "bbqrec" or "sasrec"; overrides `config.model_name`.
+        model: "bbqrec", "sasrec" or "tiger"; overrides `config.model_name`.
         config: options; the defaults of `Config` otherwise.
         progress: report on stderr; by default in lines, with progress bars on a terminal. False is silent.
 
@@ -173,6 +175,7 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
             "give more interactions"
         )
     model, tokenizer = config.model, config.tokenizer
+    config.check_read()
     if model.relative_time and data.histories.timestamps is None:
         raise ValueError(f"model.relative_time: got true, but {data.name} has no timestamps; set it to false")
     _check_heads("model.dim", model.dim, model.heads, "model.heads")
@@ -180,7 +183,7 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         if not model.item_id:
             raise ValueError("model.item_id: got false for a model without semantic IDs, so items have no vector")
         return
-    if not (model.content or model.item_id):
+    if config.model_name == "bbqrec" and not (model.content or model.item_id):
         raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
     _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
     if model.reweighting:
@@ -247,12 +250,13 @@ def _make_semantic_ids(job: _Job) -> SemanticIDs:
     return semantic_ids
 
 
-def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> SequenceModel:
+def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> SequenceModel | Tiger:
     """Trains until the validation metric stops rising, and returns the model of the best epoch."""
     options, max_length = job.config.training, job.config.model.max_length
     torch.manual_seed(options.seed)
-    model = SequenceModel(job.data.n_items, job.config.model, semantic_ids)
-    batches = TrainingBatches(job.split.train, max_length, options.batch_tokens, options.seed)
+    model = build_model(job.config, job.data.n_items, semantic_ids)
+    batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
+    batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience)
     best = train(module, stage, bars=job.bars)
@@ -261,7 +265,7 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     return model.cpu().eval()
 
 
-def _final_metrics(job: _Job, model: SequenceModel) -> dict[str, Any]:
+def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
     split, n_items = job.split, job.data.n_items
     options = {"n_items": n_items, "max_length": job.config.model.max_length, "train_items": split.train_items}
     popular = MostPopular(split.train, n_items)

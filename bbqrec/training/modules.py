@@ -11,6 +11,7 @@ from bbqrec.data.batches import PackedBatch, TrainingBatches
 from bbqrec.data.splits import Heldout
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.model import Tokenizer
 
 VALIDATION_METRIC = "validation/ndcg@10"
@@ -102,7 +103,7 @@ class SequenceModule(EpochSeeded):
     """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch."""
 
     def __init__(
-        self, model: SequenceModel, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
+        self, model: SequenceModel | Tiger, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
     ):
         super().__init__(config.training.seed, batches)
         self.model = model

@@ -35,7 +35,9 @@ from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
+from bbqrec.models.build import build_model
 from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
 DAMAGE = (  # what reading a broken or foreign file raises
@@ -117,7 +119,7 @@ class Run:
         return leave_one_out(self.data)
 
     @cached_property
-    def model(self) -> SequenceModel:
+    def model(self) -> SequenceModel | Tiger:
         """The finished sequence model, in evaluation mode."""
         self._require_finished()
         return load_model(self.folder / "model.safetensors", self.config)
@@ -156,11 +158,11 @@ class Run:
             raise ValueError(f"run folder: {self.folder} is unfinished; run `bbqrec fit` on it again to resume")
 
 
-def save_model(model: SequenceModel, path: Path) -> None:
+def save_model(model: SequenceModel | Tiger, path: Path) -> None:
     save_weights(model.state_dict(), path)
 
 
-def load_model(path: Path, config: Config) -> SequenceModel:
+def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
     """Builds the model that `path` holds the weights of: the sizes of the catalogue come from the weights."""
     with damage_named(path):
         state = load_file(path)
@@ -169,7 +171,7 @@ def load_model(path: Path, config: Config) -> SequenceModel:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
         n_items = len(state["codes"] if "codes" in state else state["item_id"])
-        model = SequenceModel(n_items, config.model, semantic_ids)
+        model = build_model(config, n_items, semantic_ids)
         model.load_state_dict(state)
     return model.eval()
 

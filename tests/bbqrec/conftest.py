@@ -69,6 +69,11 @@ def sasrec_run(tiny_data: Dataset, tiny_config: Config, tmp_path_factory: pytest
     return _run("sasrec", tiny_data, tiny_config, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def tiger_run(tiny_data: Dataset, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run("tiger", tiny_data, tiny_config.override({"model.beam": 30}), tmp_path_factory)
+
+
 def _run(model: str, data: Dataset, config: Config, folders: pytest.TempPathFactory) -> Run:
     out: Path = folders.mktemp("runs") / model
     return fit(data, out, model=model, config=config, progress=False)

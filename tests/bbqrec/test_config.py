@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from bbqrec.config import Config, flat_options, option_names
+from bbqrec.config import DEFAULTS_OF_MODEL, Config, ModelConfig, TokenizerConfig, flat_options, option_names
 
 
 def test_saved_options_load_again(tmp_path):
@@ -33,7 +33,7 @@ def test_a_file_gives_only_what_differs(tmp_path):
         ("modle.dropout=0.1", "'modle' does not exist"),
         ("model.dropout=1.5", "'model.dropout': got 1.5, input should be less than 1"),
         ("tokenizer.modalities=[]", "'tokenizer.modalities': got []"),
-        ("model_name=gru", "'model_name': got 'gru', input should be 'bbqrec' or 'sasrec'"),
+        ("model_name=gru", "'model_name': got 'gru', input should be 'bbqrec', 'sasrec' or 'tiger'"),
         ("model.dropout", "got 'model.dropout', expected section.key=value"),
         ("model_name.x=1", "'model_name' is an option, not a section"),
         ("model=5", "'model': got 5"),
@@ -78,3 +78,79 @@ def test_names_of_any_language_are_saved(tmp_path):
 def test_every_option_has_a_dotted_name():
     assert list(flat_options(Config())) == option_names()
     assert flat_options(Config())["tokenizer.codebook_size"] == Config().tokenizer.codebook_size
+
+
+def test_a_model_has_defaults_of_its_own():
+    tiger = Config().override({"model_name": "tiger"})
+    assert not tiger.tokenizer.shared_codebooks
+    assert tiger.model.max_length < Config().model.max_length
+    for section, options in DEFAULTS_OF_MODEL["tiger"].items():
+        for key, value in options.items():
+            assert getattr(getattr(tiger, section), key) == value != getattr(getattr(Config(), section), key)
+
+
+def test_options_that_were_given_hold_whatever_the_model():
+    given = {"tokenizer.shared_codebooks": True, "tokenizer.levels": 4, "model.max_length": 50}  # BBQRec's defaults
+    before, after = Config().override({**given, "model_name": "tiger"}), Config().override(given)
+    after = after.override({"model_name": "tiger"})
+    assert before == after
+    assert (after.tokenizer.shared_codebooks, after.tokenizer.levels, after.model.max_length) == (True, 4, 50)
+    assert after.tokenizer.codebook_size == TokenizerConfig().codebook_size
+
+
+def test_another_model_chosen_later_has_other_defaults():
+    config = Config().override({"model_name": "tiger", "training.seed": 3})
+    assert config.override({"model_name": "bbqrec"}) == Config().override({"training.seed": 3})
+    config.model.layers = 1
+    config.model_name = "sasrec"
+    assert config == Config().override({"model_name": "sasrec", "training.seed": 3, "model.layers": 1})
+    assert config.given() == {
+        "model_name": "sasrec",
+        "tokenizer": {},
+        "model": {"layers": 1},
+        "training": {"seed": 3},
+    }
+
+
+def test_a_section_that_was_passed_stays_as_it_is():
+    section = ModelConfig(layers=3)
+    config = Config(model_name="tiger", model=section)
+    assert config.model.dropout != section.dropout == ModelConfig().dropout
+    assert section.model_fields_set == {"layers"}
+
+
+def test_a_file_of_all_options_gives_them_all(tmp_path):
+    config = Config().override({"model_name": "tiger"})
+    config.save(tmp_path / "config.yaml")
+    loaded = Config.load(tmp_path / "config.yaml")
+    assert loaded == config
+    loaded.check_read()
+    assert loaded.override({"model_name": "bbqrec"}).model == config.model
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "default"),
+    [
+        ("tiger", "model.reweighting=true", False),
+        ("tiger", "model.content=true", False),
+        ("tiger", "model.item_id=true", False),
+        ("tiger", "model.cross_modal=true", False),
+        ("bbqrec", "model.beam=20", 50),
+        ("sasrec", "model.beam=20", 50),
+        ("sasrec", "model.reweighting=false", True),
+        ("tiger", "model.relative_time=true", False),
+    ],
+)
+def test_what_a_model_does_not_read_is_refused(model, option, default):
+    key, value = option.split("=")
+    message = f"{key}: got {yaml.safe_load(value)}, but model '{model}' does not read it; leave it out, or at {default}"
+    with pytest.raises(ValueError) as error:
+        Config().override([option, f"model_name={model}"]).check_read()
+    assert str(error.value) == message
+    Config().override({key: default, "model_name": model}).check_read()
+
+
+def test_what_a_model_reads_is_not_refused():
+    tiger = {"dim": 32, "layers": 1, "heads": 4, "dropout": 0.3, "max_length": 9, "beam": 20}
+    Config().override({"model_name": "tiger", **{f"model.{key}": value for key, value in tiger.items()}}).check_read()
+    Config().override(["model.reweighting=false", "model.content=false"]).check_read()

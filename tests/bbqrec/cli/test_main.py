@@ -159,6 +159,21 @@ def test_the_run_folder_of_another_data_set_is_refused(bbqrec_run, tiny_data, tm
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_tiger_by_command(tiny_data, tmp_path):
+    tiny = ["tokenizer.codebook_size=8", "tokenizer.epochs=1", "training.epochs=1", "model.dim=16", "model.beam=25"]
+    options = [part for option in tiny for part in ("--set", option)]
+    run = tmp_path / "run"
+    metrics = json.loads(succeed("fit", "--data", tiny_data.path, "--out", run, "--model", "tiger", *options, "--json"))
+    assert metrics["model"] == "tiger"
+    assert json.loads(succeed("evaluate", run, "--json"))["ndcg@10"] == metrics["test"]["ndcg@10"]
+    answer = json.loads(succeed("recommend", run, tiny_data.item_ids[3], "-k", 5, "--json"))
+    assert [row["rank"] for row in answer["items"]] == [1, 2, 3, 4, 5]
+    refused = call("recommend", run, tiny_data.item_ids[3], "-k", 26)
+    assert refused.exit_code == 1
+    assert "the search keeps 25 items" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
 def test_targets_that_training_never_saw_are_a_line_of_their_own(capsys):
     warm = dict.fromkeys(METRICS, 0.5) | {"users": 20, "cold/users": 0}
     mixed = warm | {"cold/users": 3} | {f"cold/{name}": 0.25 for name in METRICS}
@@ -236,6 +251,7 @@ def test_what_is_piped_is_neither_folded_nor_changed(capsys):
         (["fit", "--data", "nowhere", "--out", "OUT"], "nowhere"),
         (["fit", "--data", "DATA", "--out", "OUT", "--model", "gru"], "'model_name': got 'gru'"),
         (["fit", "--data", "DATA", "--out", "OUT", "--set", "model.drpout=1"], "did you mean 'model.dropout'"),
+        (["fit", "--data", "DATA", "--out", "OUT", "--model", "sasrec", "--set", "model.beam=9"], "model.beam: got 9"),
         (["fit", "--data", "DATA", "--out", "OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--data", "DATA", "--out", "RUN", "--set", "training.seed=9"], "a run with other options"),
         (

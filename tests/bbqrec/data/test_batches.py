@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from bbqrec.data import Histories, PackedBatch, TrainingBatches, pack_histories
+from bbqrec.data import Histories, PackedBatch, PrefixBatches, TrainingBatches, pack_histories
+from bbqrec.data.batches import PREFIXES_A_HISTORY
 
 
 def sequences(batch: PackedBatch, values: torch.Tensor) -> list[list[int]]:
@@ -163,3 +164,51 @@ def test_distributed_ranks_share_the_batches(monkeypatch):
 def test_what_cannot_be_trained(lengths, max_length, batch_tokens, message):
     with pytest.raises(ValueError, match=message):
         TrainingBatches(numbered(lengths), max_length, batch_tokens, seed=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths_of_histories, st.integers(1, 9), st.integers(1, 60), st.integers(0, 3))
+def test_a_pass_trains_every_transition_once_with_what_came_before(lengths, max_length, batch_tokens, first_pass):
+    histories = numbered(lengths)
+    batches = PrefixBatches(histories, max_length, batch_tokens, seed=0)
+    start_of = np.repeat(histories.offsets[:-1], histories.lengths)
+    seen, shares = [], []
+    for epoch in range(first_pass * batches.epochs_of_a_pass, (first_pass + 1) * batches.epochs_of_a_pass):
+        batches.set_epoch(epoch)
+        produced = list(batches)
+        assert len(produced) == len(batches)
+        shares.append(0)
+        for batch in produced:
+            for inputs, following in zip(sequences(batch, batch.items), sequences(batch, batch.targets), strict=True):
+                target = inputs[-1] + 1
+                assert following == [item + 1 for item in inputs]
+                assert inputs == list(range(max(start_of[target], target - max_length), target))
+                seen.append(target)
+                shares[-1] += 1
+    firsts = set(histories.offsets[:-1][histories.lengths > 0].tolist())
+    assert sorted(seen) == sorted(set(range(len(histories.items))) - firsts)
+    assert max(shares) - min(shares) <= 1
+
+
+def test_long_histories_take_several_epochs_a_pass():
+    few, many = (PrefixBatches(numbered([n] * 20), 5, 64, seed=0) for n in (4, 61))
+    assert few.epochs_of_a_pass == 1
+    assert many.epochs_of_a_pass == 60 // PREFIXES_A_HISTORY
+    sizes = []
+    for epoch in range(4):
+        many.set_epoch(epoch)
+        sizes += [len(batch.items) for batch in many]
+    assert 55 < np.mean(sizes) <= 65
+
+
+def test_prefixes_depend_on_seed_and_epoch_alone():
+    histories = numbered([3, 40, 1, 17, 90])
+    first, again, other = (PrefixBatches(histories, 10, 32, seed=seed) for seed in (3, 3, 4))
+    produced = []
+    for epoch in range(5):
+        first.set_epoch(epoch)
+        produced.append(order(first))
+    again.set_epoch(4)
+    other.set_epoch(4)
+    assert order(again) == produced[4] != order(other)
+    assert len({str(epoch) for epoch in produced}) == 5

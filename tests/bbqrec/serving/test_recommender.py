@@ -124,3 +124,27 @@ def test_a_model_that_reads_times_wants_one_for_each_item(timed_data, tiny_confi
         timed.recommend(histories, timestamps=[[1], [1], [1]])
     with pytest.raises(ValueError, match="timestamps: got some, expected None, as this model reads no times"):
         model.recommend(histories, timestamps=soon)
+
+
+def test_tiger_recommends_what_its_search_finds(tiger_run, histories, tiny_data):
+    model = BBQRec.load(tiger_run.folder)
+    scores = tiger_run.model.score(pack_histories([np.array([3, 1, 4])], 12))[0]
+    best = [i for i in scores.argsort(descending=True).tolist() if i not in (3, 1, 4)][:10]
+    [recommended, *_] = model.recommend(histories)
+    assert [item for item, _ in recommended] == [tiny_data.item_ids[i] for i in best]
+    assert [score for _, score in recommended] == pytest.approx(scores[best].tolist(), rel=1e-5)
+    assert all(score < 0 for _, score in recommended)  # log-probabilities
+    assert [len(row) for row in model.recommend(histories, 30, keep_history=True)] == [30] * len(histories)
+    assert "text " in model.semantic_id(recommended[0][0])
+
+
+def test_tiger_recommends_no_item_that_its_search_does_not_find(tiger_run, histories):
+    model = BBQRec.load(tiger_run.folder)
+    with pytest.raises(ValueError, match=r"k: got 31, expected 1 to 30 for history 0: the search keeps 30 items"):
+        model.recommend(histories, 31, keep_history=True)
+    found = int((tiger_run.model.score(pack_histories([np.array([3, 1, 4])], 12))[0, [3, 1, 4]] > -torch.inf).sum())
+    assert len(model.recommend(histories[:1], 30 - found)[0]) == 30 - found
+    with pytest.raises(ValueError, match=rf"k: got {31 - found}, expected 1 to {30 - found} for history 0"):
+        model.recommend(histories[:1], 31 - found)
+    with pytest.raises(ValueError, match=r"k: got 58, expected 1 to 57 for history 0 \(60 items, 3 of them"):
+        model.recommend(histories, 58)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bbqrec import Config
-from bbqrec.data import TrainingBatches, leave_one_out
+from bbqrec.data import PrefixBatches, TrainingBatches, leave_one_out
 from bbqrec.data.demo import make_demo_dataset
-from bbqrec.models import SequenceModel
+from bbqrec.models import SequenceModel, Tiger
 from bbqrec.tokenizer import Tokenizer
 
 REPEATS = 10
@@ -62,3 +62,9 @@ def test_tokenizer(tokenizer, batch):
 def test_sequence_model(tokenizer, data, batch, with_ids):
     model = SequenceModel(data.n_items, Config().model, tokenizer.semantic_ids() if with_ids else None).eval()
     check(model, lambda: model.loss(batch))
+
+
+def test_tiger(tokenizer, data):
+    batch = next(iter(PrefixBatches(leave_one_out(data).train, max_length=50, batch_tokens=1500, seed=0)))
+    model = Tiger(Config().override({"model_name": "tiger", "model.max_length": 50}).model, tokenizer.semantic_ids())
+    check(model.eval(), lambda: model.loss(batch))

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from bbqrec import Config, Run, fit, tokenize
+from bbqrec.config import flat_options
 from bbqrec.data.dataset import Histories
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
+from bbqrec.models.tiger import Tiger
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -83,6 +85,44 @@ def test_sasrec_has_no_tokenizer(sasrec_run):
     assert sasrec_run.semantic_ids is None
 
 
+def test_tiger_leaves_the_same_files(tiger_run, bbqrec_run, tiny_data):
+    assert {path.name for path in tiger_run.folder.iterdir()} == {path.name for path in bbqrec_run.folder.iterdir()}
+    run = Run(tiger_run.folder)
+    assert isinstance(run.model, Tiger)
+    assert run.config == tiger_run.config
+    assert run.metrics["model"] == "tiger"
+    for split in ("validation", "test"):
+        assert run.evaluate(split) == run.metrics[split]
+    table = pl.read_parquet(run.folder / "semantic_ids.parquet")
+    assert run.semantic_ids.modalities == tuple(tiny_data.features)
+    for m, name in enumerate(tiny_data.features):
+        assert table[f"codes/{name}"].to_list() == run.model.codes[:, m].tolist()
+    assert len(run.semantic_ids.codebooks) == len(tiny_data.features)  # one for each modality
+    log = read_log(run.folder / "logs" / "sequence_model")
+    assert run.metrics["validation"]["ndcg@10"] == pytest.approx(log["validation/ndcg@10"].max(), rel=1e-6)
+    assert log["train/loss"][-1] < log["train/loss"][0]
+
+
+def test_tiger_takes_the_codes_of_bbqrec_where_options_say_so(bbqrec_run, tiny_data, tiny_config, tmp_path):
+    theirs = flat_options(bbqrec_run.config)
+    options = {key: value for key, value in theirs.items() if key.startswith("tokenizer.")}
+    options |= {"training.epochs": 1, "training.seed": 0}
+    run = fit(tiny_data, tmp_path / "run", model="tiger", config=tiny_config.override(options), progress=False)
+    assert torch.equal(run.model.codes, bbqrec_run.model.codes)
+
+
+def test_tiger_with_items_that_lack_a_modality(tiny_data, tiny_config, tmp_path):
+    text = tiny_data.features["text"]
+    present = np.arange(tiny_data.n_items) % 3 > 0
+    some = replace(text, values=text.values * present[:, None], present=present)
+    data = tiny_data.with_features("text", some)
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1, "model.beam": 60})
+    run = fit(data, tmp_path / "run", model="tiger", config=config, progress=False)
+    m = list(data.features).index("text")
+    assert (run.model.codes[:, m] >= 0).all(1).tolist() == present.tolist()
+    assert run.metrics["test"]["recall@20"] > 0
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_metrics_are_those_of_the_saved_model(bbqrec_run, split):
     assert Run(bbqrec_run.folder).evaluate(split) == bbqrec_run.metrics[split]
@@ -131,6 +171,27 @@ def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("option", "model"),
+    [
+        ("training.learning_rate=0.02", "tiger"),
+        ("training.weight_decay=5", "tiger"),
+        ("training.batch_tokens=128", "tiger"),
+        ("model.dropout=0.5", "tiger"),
+        ("tokenizer.item_contrast_weight=1", "tiger"),
+        ("tokenizer.shared_codebooks=true", "tiger"),
+    ],
+)
+def test_options_change_the_result(option, model, tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    weights = "tokenizer.safetensors" if model == "bbqrec" else "model.safetensors"
+    a, b = (
+        load_file(fit(tiny_data, tmp_path / name, model=model, config=options, progress=False).folder / weights)
+        for name, options in (("a", config), ("b", config.override([option])))
+    )
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
@@ -138,6 +199,9 @@ def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path
         (["tokenizer.dim=15"], r"tokenizer\.dim: got 15, expected a multiple of 2"),
         (["model.item_id=false", "model.content=false"], r"model\.item_id: got false"),
         (["model_name=sasrec", "model.item_id=false"], r"model\.item_id: got false"),
+        (["model_name=tiger", "model.reweighting=true"], r"model\.reweighting: got True, but model 'tiger' does not"),
+        (["model_name=tiger", "model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
+        (["model.beam=9"], r"model\.beam: got 9, but model 'bbqrec' does not read it; leave it out, or at 50"),
     ],
 )
 def test_options_that_do_not_fit_take_no_folder(options, message, tiny_data, tiny_config, tmp_path):
@@ -234,6 +298,20 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_ends(
     stage = "tokenizer" if module is TokenizerModule else "sequence_model"
     ours, theirs = (read_log(run.folder / "logs" / stage) for run in (resumed, bbqrec_run))
     assert ours["train/loss"].to_list() == theirs["train/loss"].to_list()
+
+
+@pytest.mark.parametrize(("module", "epoch"), [(TokenizerModule, 1), (SequenceModule, 1)])
+def test_an_interrupted_tiger_ends_where_an_undisturbed_one_ends(
+    module, epoch, tiger_run, tiny_data, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, module, epoch, throw)
+        with pytest.raises(Stop):
+            fit(tiny_data, tmp_path / "run", config=tiger_run.config, progress=False)
+    torch.manual_seed(12345)
+    resumed = fit(tiny_data, tmp_path / "run", config=tiger_run.config, progress=False)
+    assert resumed.metrics == tiger_run.metrics
+    assert same_weights(resumed, tiger_run)
 
 
 def test_resuming_after_the_last_epoch_trains_no_more(bbqrec_run, tiny_data, tiny_config, tmp_path):
@@ -334,9 +412,10 @@ def test_names_of_modalities_are_free(bbqrec_run, tiny_data, tiny_config, tmp_pa
     assert same_weights(run, bbqrec_run)
 
 
-def test_bbqrec_needs_features(tiny_data, tiny_config, tmp_path):
+@pytest.mark.parametrize("model", ["bbqrec", "tiger"])
+def test_semantic_ids_need_features(model, tiny_data, tiny_config, tmp_path):
     with pytest.raises(ValueError, match="has no features to make semantic IDs from; use model 'sasrec'"):
-        fit(replace(tiny_data, features={}), tmp_path / "run", config=tiny_config)
+        fit(replace(tiny_data, features={}), tmp_path / "run", model=model, config=tiny_config)
 
 
 def test_a_moved_data_set_can_be_given(sasrec_run, tiny_data, tmp_path):

@@ -46,6 +46,7 @@ ALTERNATIVES = {
     "model.relative_time": (True, {}),
     "model.cosine_output": (True, {}),
     "model.output_scale": (3, {"model.cosine_output": True}),
+    "model.beam": (5, {"model_name": "tiger"}),
     "training.seed": (1, {}),
     "training.epochs": (1, {}),
     "training.patience": (1, {"training.learning_rate": 0.3, "training.epochs": 12}),
@@ -58,7 +59,7 @@ BASE = {"tokenizer.epochs": 2, "tokenizer.revive_after": 0, "training.epochs": 2
 
 @pytest.fixture(scope="module")
 def outcome(timed_data, tiny_config, tmp_path_factory):
-    """What a run with these options ends with: its weights, and the number of its epochs."""
+    """What a run with these options ends with: its weights, and the rest that counts."""
     found = {}
 
     def run(options):
@@ -67,7 +68,7 @@ def outcome(timed_data, tiny_config, tmp_path_factory):
             config = tiny_config.override({**BASE, **options})
             finished = fit(timed_data, tmp_path_factory.mktemp("runs") / "run", config=config, progress=False)
             epochs = len(read_log(finished.folder / "logs" / "sequence_model"))
-            found[key] = load_file(finished.folder / "model.safetensors"), epochs
+            found[key] = load_file(finished.folder / "model.safetensors"), (epochs, finished.metrics["test"])
         return found[key]
 
     return run
@@ -77,9 +78,9 @@ def outcome(timed_data, tiny_config, tmp_path_factory):
 def test_another_value_ends_elsewhere(option, outcome, tiny_config):
     value, needed = ALTERNATIVES[option]
     assert value != flat_options(tiny_config.override({**BASE, **needed}))[option]
-    (weights, epochs), (other_weights, other_epochs) = outcome(needed), outcome({**needed, option: value})
+    (weights, rest), (other_weights, other_rest) = outcome(needed), outcome({**needed, option: value})
     shared = weights.keys() & other_weights.keys()  # a table that is there and does nothing would not count
-    assert epochs != other_epochs or not all(torch.equal(weights[name], other_weights[name]) for name in shared)
+    assert rest != other_rest or not all(torch.equal(weights[name], other_weights[name]) for name in shared)
 
 
 def test_every_option_has_an_alternative():

@@ -344,6 +344,32 @@ def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):
     assert len(read_log(run.folder / "logs" / "sequence_model")) == epochs
 
 
+def test_the_learning_rate_falls_while_validation_does_not_rise(tiny_data, tiny_config, tmp_path, monkeypatch):
+    options = {"training.epochs": 12, "training.patience": 5, "training.decay_after": 2, "training.learning_rate": 0.2}
+    config = tiny_config.override(options)
+
+    def ended_with(run):
+        last = torch.load(run.folder / "checkpoints" / "sequence_model" / "last.ckpt", weights_only=True)
+        return last["optimizer_states"][0]["param_groups"][0]["lr"]
+
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)
+    expected, best, waited = 0.2, 0.0, 0
+    for value in read_log(run.folder / "logs" / "sequence_model")["validation/ndcg@10"]:
+        best, waited = max(best, value), 0 if value > best else waited + 1
+        if waited and waited % 2 == 0:
+            expected /= 3
+    assert expected < 0.1
+    assert ended_with(run) == pytest.approx(expected)
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, SequenceModule, 4, throw)
+        with pytest.raises(Stop):
+            fit(tiny_data, tmp_path / "other", model="sasrec", config=config, progress=False)
+    resumed = fit(tiny_data, tmp_path / "other", model="sasrec", config=config, progress=False)
+    assert ended_with(resumed) == ended_with(run)
+    assert same_weights(resumed, run)
+
+
 def test_ctrl_c_raises_and_can_be_pressed_again(tiny_data, tiny_config, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     stop_after(monkeypatch, SequenceModule, 0, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -50,6 +50,7 @@ ALTERNATIVES = {
     "training.seed": (1, {}),
     "training.epochs": (1, {}),
     "training.patience": (1, {"training.learning_rate": 0.3, "training.epochs": 12}),
+    "training.decay_after": (1, {"training.learning_rate": 0.3, "training.epochs": 12}),
     "training.batch_tokens": (100, {}),
     "training.learning_rate": (0.1, {}),
     "training.weight_decay": (5, {}),

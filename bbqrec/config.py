@@ -47,7 +47,7 @@ class TokenizerConfig(Section):
     sequence_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between a history and its next item")
     temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
     epochs: int = Field(15, ge=1)
-    max_steps: int = Field(2000, ge=1, description="fewer epochs where they are long: so many steps, rounded up to one")
+    max_steps: int = Field(1000, ge=1, description="fewer epochs where they are long: so many steps, rounded up to one")
     batch_tokens: int = Field(1024, ge=2, description="interactions per step")
     batch_items: int = Field(512, ge=2, description="items per step, at least: others fill up the batch's own")
     learning_rate: float = Field(3e-3, gt=0)

@@ -12,11 +12,14 @@
 
 #if defined(__CUDACC__)
 #define BBQ_DEVICE __device__ __forceinline__
-#define BBQ_UNROLL _Pragma("unroll")
+#define BBQ_PRAGMA(text) _Pragma(#text)
+#define BBQ_UNROLL BBQ_PRAGMA(unroll)
+#define BBQ_UNROLL_BY(times) BBQ_PRAGMA(unroll times)
 #else
 #include "simt/simt.h"
 #define BBQ_DEVICE inline
 #define BBQ_UNROLL
+#define BBQ_UNROLL_BY(times)
 #endif
 
 namespace bbq::gpu {

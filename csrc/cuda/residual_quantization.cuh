@@ -317,6 +317,7 @@ struct Encode {
     Global<double> losses;  // (warps of the grid, L)
     RowShape shape;
     int64_t padded_size;
+    int tiles;       // of one level
     int index_bits;  // bits of the largest k / 16
   };
 
@@ -344,20 +345,19 @@ struct Encode {
     Shared<uint16_t> candidates;  // of each class, 0: none, 1 + 2 k / 16, one more if the second best is one too
   };
 
-  static BBQ_DEVICE void copy_tile(const Params& p, int64_t tile) {
+  static BBQ_DEVICE void copy_tile(const Params& p, int tile) {
     const Plan plan(gpu::block_threads(), p.shape.levels);
-    const int64_t tiles = p.padded_size / kTile;
-    if (tile < tiles * p.shape.levels) {  // tiles of all levels lie one after another
-      const int stage = static_cast<int>(tile % kStages);
+    if (tile < p.tiles * p.shape.levels) {  // tiles of all levels lie one after another
+      const int stage = tile % kStages;
       const Shared<uint16_t> words = gpu::shared_at<uint16_t>(plan.tiles) + stage * kTile * kWordStride;
       const Shared<float> squares = gpu::shared_at<float>(plan.squares) + stage * kTile;
       constexpr int kPieces = kWidth / 8;  // of 16 bytes, in one codeword
       for (int i = gpu::thread_index(); i < kTile * kPieces; i += gpu::block_threads()) {
         gpu::async_copy16(words + (i / kPieces) * kWordStride + (i % kPieces) * 8,
-                          p.half_words + tile * kTile * kWidth + int64_t{i} * 8);
+                          p.half_words + int64_t{tile} * (kTile * kWidth) + i * 8);
       }
       for (int i = gpu::thread_index(); i < kTile; i += gpu::block_threads()) {
-        gpu::async_copy4(squares + i, p.scaled_half_squares + tile * kTile + i);
+        gpu::async_copy4(squares + i, p.scaled_half_squares + int64_t{tile} * kTile + i);
       }
     }
     gpu::async_commit();  // an empty group too: waits count groups
@@ -367,6 +367,7 @@ struct Encode {
   template <class F>
   static BBQ_DEVICE void for_rows(const F& f) {
     const int lane = gpu::lane_index();
+    BBQ_UNROLL_BY(2)
     for (int pass = 0; pass < 8; ++pass) f(pass * 4 + lane / 8, (lane % 8) * 4);
   }
 
@@ -414,8 +415,9 @@ struct Encode {
     const float norm = square > 1e-30f ? sqrtf(square) * (1 + 0x1p-18f) : root * peak;
     const float r = norm * scale, c = level.largest * power_of_two(level.exponent);
     const float index = power_of_two(index_bits - 23);
+    const int above = exponent - level.exponent;  // at most 30
     const float error = r * c * (0x1p-10f + 0x1p-16f + index) +
-                        0.5f * c * (c * power_of_two(exponent - level.exponent)) * (0x1p-16f + index) +
+                        0.5f * c * (c * power_of_two(above > -126 ? above : -126)) * (0x1p-16f + index) +
                         0x1p-24f * root * c + 0x1p-100f;
     return 2 * error * (1 + 0x1p-16f);
   }
@@ -450,15 +452,15 @@ struct Encode {
       BBQ_UNROLL
       for (int j = 0; j < 4; ++j) best[i][j] = second[i][j] = -3e38f;
     }
-    const int64_t tiles = p.padded_size / kTile;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t t = level * tiles + tile;
+    for (int tile = 0; tile < p.tiles; ++tile) {
+      const int t = level * p.tiles + tile;
       gpu::async_wait<kStages - 2>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
       copy_tile(p, t + kStages - 1);
-      const int stage = static_cast<int>(t % kStages);
+      const int stage = t % kStages;
       const Shared<const uint16_t> words = gpu::shared_at<uint16_t>(plan.tiles) + stage * kTile * kWordStride;
       const Shared<const float> squares = gpu::shared_at<float>(plan.squares) + stage * kTile;
+      BBQ_UNROLL_BY(1)
       for (int n = 0; n < kTile; n += kClasses) {
         gpu::Accumulator sums[2][2];
         BBQ_UNROLL
@@ -1166,9 +1168,10 @@ int64_t run_encode(Queue& queue, const EncodeArguments& a, Global<const float> h
   }
   const int64_t blocks = divide_up(s.rows, threads), warps = blocks * threads / gpu::kLanes;
   losses = queue.template scratch<double>(warps * s.levels);
-  queue.template run<Kernel>(blocks, 1, threads, typename Kernel::Plan(threads, s.levels).bytes,
-                             {a.x, wide, half, half_squares, scaled, levels, a.quantized, a.codes, losses, s,
-                              padded_size, bits_of(divide_up(padded_size, Kernel::kClasses) - 1)});
+  queue.template run<Kernel>(
+      blocks, 1, threads, typename Kernel::Plan(threads, s.levels).bytes,
+      {a.x, wide, half, half_squares, scaled, levels, a.quantized, a.codes, losses, s, padded_size,
+       static_cast<int>(padded_size / Kernel::kTile), bits_of(divide_up(padded_size, Kernel::kClasses) - 1)});
   return warps;
 }
 

@@ -111,6 +111,10 @@ BBQ_DEVICE void async_copy16(void* target, const void* source, int valid = 16) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
 }
+BBQ_DEVICE void async_copy8(void* target, const void* source, int valid = 8) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
+}
 BBQ_DEVICE void async_copy4(void* target, const void* source, int valid = 4) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
@@ -233,6 +237,10 @@ void async_copy16(Shared<T> target, Global<U> source, int valid = 16) {
   simt::async_copy(target.template as<std::byte>(), source.template as<const std::byte>(), 16, valid);
 }
 template <class T, class U>
+void async_copy8(Shared<T> target, Global<U> source, int valid = 8) {
+  simt::async_copy(target.template as<std::byte>(), source.template as<const std::byte>(), 8, valid);
+}
+template <class T, class U>
 void async_copy4(Shared<T> target, Global<U> source, int valid = 4) {
   simt::async_copy(target.template as<std::byte>(), source.template as<const std::byte>(), 4, valid);
 }
@@ -302,3 +310,12 @@ BBQ_DEVICE int64_t checked_code(int64_t code, int64_t size) {
 }
 
 }  // namespace bbq::gpu
+
+namespace bbq {
+
+// What the sizes of launches depend on: multiprocessors, and bytes of shared memory.
+struct Machine {
+  int processors, shared_per_block, shared_per_processor;
+};
+
+}  // namespace bbq

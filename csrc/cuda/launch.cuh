@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device.cuh"
+
 // The headers of a CPU build of torch hide it; its CUDA libraries export it in every version >= 2.10.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 

@@ -23,7 +23,6 @@ struct RowShape {
 
 // While |r|² + |c|² stays below this, no partial sum of r·c overflows, and neither does the score.
 constexpr float kSafeSquare = 8.5e37f;
-constexpr int kMaxTensorWidth = 256;  // of rows that Encode holds on chip; EncodeWide takes any
 constexpr int64_t kMaxTensorSize =
     1 << 16;                    // codewords: their index fits in the lower bits of a score, and in a candidate
 constexpr int64_t kSteps = 32;  // products that a lane adds up in one go
@@ -710,6 +709,7 @@ struct EncodeWide {
     bool bad[kRows];
     float squares[kRows];
     // Every lane reads back only what it wrote itself.
+    BBQ_UNROLL
     for (int i = 0; i < kRows; ++i) {
       bad[i] = !finite;
       float square = 0;
@@ -726,16 +726,19 @@ struct EncodeWide {
       const float largest = Level(p.levels[level]).largest;
       float best[kRows];
       int64_t codes[kRows];
+      BBQ_UNROLL
       for (int i = 0; i < kRows; ++i) {
         best[i] = gpu::kInfinity;
         codes[i] = 0;
       }
       for (int64_t k = 0; k < size; ++k) {
         float half_squares[kRows], scores[kRows];
+        BBQ_UNROLL
         for (int i = 0; i < kRows; ++i) half_squares[i] = p.half_squares[level * size + k];
         score_exactly<kRows>(
             width, [&](int i, int64_t d) -> float { return p.residuals[row_of(i) * width + d]; },
             [&](int, int64_t d) -> float { return words[k * width + d]; }, half_squares, scores);
+        BBQ_UNROLL
         for (int i = 0; i < kRows; ++i) {
           if (scores[i] < best[i]) {
             best[i] = scores[i];
@@ -744,7 +747,9 @@ struct EncodeWide {
         }
       }
       double loss = 0;
-      for (int i = 0; i < rows; ++i) {
+      BBQ_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= rows) break;
         const Global<float> residual = p.residuals + (first + i) * width;
         if (!bad[i] && !(squares[i] + largest * largest < kSafeSquare)) {
           codes[i] = search_by_distance(width, size, [&](int64_t d) -> float { return residual[d]; }, words, width);
@@ -763,7 +768,9 @@ struct EncodeWide {
       if (lane == 0) p.losses[warp * p.shape.levels + level] = loss;
     }
     gpu::sync_warp();
-    for (int i = 0; i < rows; ++i) {
+    BBQ_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) break;
       const Global<int64_t> codes = p.codes + (first + i) * p.shape.levels;
       for (int64_t d = lane; d < width; d += gpu::kLanes) {
         float sum = 0;
@@ -907,13 +914,14 @@ enum class Sum { kRow, kResidual, kRest };
 
 // Sums of rows that chose the same codeword. The grid's x covers chunks of rows, its y slices of columns. A block adds
 // its rows to a table (L, K, slice) in shared memory, or in global memory where that is too small. Each element of the
-// table belongs to one thread, which takes the rows in order.
+// table belongs to one thread, which takes the rows in order. Tiles of rows come by asynchronous copies, one ahead.
 template <Sum kSum>
 struct SumRows {
-  static constexpr int kThreads = 256, kBlocks = 1;
-  static constexpr int kBatch = 4;  // rows whose table elements are fetched together
+  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kBatch = 8;   // rows whose table elements are fetched together
+  static constexpr int kStages = 2;  // tiles in shared memory
   struct Params {
-    InputRows source;  // rows x, or gradients
+    InputRows source;  // rows x, or gradients; kRow: float32
     Global<const int64_t> codes;
     Global<const float> codebooks;      // kRow: not used
     Global<const float> grad_codebook;  // kRest only
@@ -921,64 +929,132 @@ struct SumRows {
     RowShape shape;
     int64_t chunk_rows;
     int slice_bits;  // log2 of the columns of a slice
-    int tile_rows;   // rows that are staged together
+    int tile_rows;   // a multiple of kBatch
     bool table_is_shared;
   };
 
   // Byte offsets in shared memory.
   struct Plan {
-    int values, codes, scales, table;
+    int source, source_bytes, codes, checked, values, scales, table;
     int64_t bytes;
-    BBQ_HOST_DEVICE Plan(const RowShape& s, int slice, int tile_rows, bool table_is_shared) {
-      values = 0;
-      codes = values + (kSum == Sum::kRow ? 1 : s.levels) * tile_rows * slice * 4;
-      scales = codes + tile_rows * s.levels * 4;
+    BBQ_HOST_DEVICE Plan(const RowShape& s, int slice, int tile_rows, int element_bytes, bool table_is_shared) {
+      source_bytes = (tile_rows * slice * element_bytes + 15) / 16 * 16;
+      source = 0;                                            // tiles as they come
+      codes = source + kStages * source_bytes;               // int64, as they come
+      checked = codes + kStages * tile_rows * s.levels * 8;  // int32
+      values = checked + tile_rows * s.levels * 4;           // what each level adds up
+      scales = values + (kSum == Sum::kRow ? 0 : s.levels * tile_rows * slice * 4);
       table = scales + s.levels * 4;
       bytes = table + (table_is_shared ? s.levels * s.size * slice * 4 : 0);
     }
   };
 
-  // The values of a tile of rows: one for each level and element, or one for each element if levels share it.
-  static BBQ_DEVICE void stage(const Params& p, const Plan& plan, int64_t first, int64_t last) {
+  static BBQ_DEVICE int element_bytes(Float type) { return type == Float::kFloat32 ? 4 : 2; }
+
+  // Starts to copy the tile of rows [first, last) at most.
+  static BBQ_DEVICE void copy_tile(const Params& p, const Plan& plan, int stage, int64_t first, int64_t last) {
     const RowShape& s = p.shape;
-    const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice;
-    const Shared<float> values = gpu::shared_at<float>(plan.values);
-    const Shared<int> codes = gpu::shared_at<int>(plan.codes);
-    const Shared<const float> scales = gpu::shared_at<float>(plan.scales);
+    const int slice = 1 << p.slice_bits, size = element_bytes(p.source.type);
+    const int64_t first_column = gpu::block_index_y() * slice, columns = s.width - first_column;
+    const Shared<unsigned char> target = gpu::shared_at<unsigned char>(plan.source + stage * plan.source_bytes);
+    const Global<const unsigned char> rows = p.source.data + (first * s.width + first_column) * size;
+    if (gpu::address_of(rows) % 16 == 0 && s.width * size % 16 == 0 && slice * size >= 16) {
+      const int pieces = slice * size / 16;  // a power of two
+      for (int i = gpu::thread_index(); i < p.tile_rows * pieces; i += kThreads) {
+        const int row = i / pieces, piece = i & (pieces - 1);
+        const int64_t left = columns * size - piece * 16;
+        const int valid = first + row >= last || left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+        gpu::async_copy16(target + i * 16, valid ? rows + (row * s.width * size + piece * 16) : p.source.data, valid);
+      }
+    } else {
+      with_type(p.source.type, [&](auto type) {
+        using T = decltype(type);
+        for (int i = gpu::thread_index(); i < p.tile_rows * slice; i += kThreads) {
+          const int row = i >> p.slice_bits, column = i & (slice - 1);
+          const bool inside = first + row < last && column < columns;
+          gpu::cast<T>(target)[i] =
+              inside ? T(gpu::cast<const T>(p.source.data)[(first + row) * s.width + first_column + column]) : T{};
+        }
+      });
+    }
+    const Shared<int64_t> codes = gpu::shared_at<int64_t>(plan.codes) + stage * p.tile_rows * s.levels;
     for (int i = gpu::thread_index(); i < p.tile_rows * s.levels; i += kThreads) {
       const int64_t at = first * s.levels + i;
-      codes[i] = at < last * s.levels ? static_cast<int>(gpu::checked_code(p.codes[at], s.size)) : -1;
+      const bool inside = at < last * s.levels;
+      gpu::async_copy8(codes + i, p.codes + (inside ? at : 0), inside ? 8 : 0);
     }
-    if constexpr (kSum != Sum::kRow) gpu::sync_threads();
-    for (int i = gpu::thread_index(); i < tile; i += kThreads) {
-      const int row = i >> p.slice_bits;
-      const int64_t column = gpu::block_index_y() * slice + (i & (slice - 1));
-      float value = 0;
-      const bool inside = first + row < last && column < s.width;
-      if (inside) value = load_one(p.source, (first + row) * s.width + column);
-      if constexpr (kSum == Sum::kRow) {
-        values[i] = value;
-      } else {
+    gpu::async_commit();
+  }
+
+  // Checks the codes of a tile that came, and finds what each level adds up.
+  static BBQ_DEVICE void prepare(const Params& p, const Plan& plan, int stage, int64_t first, int64_t last) {
+    const RowShape& s = p.shape;
+    const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice;
+    const Shared<const int64_t> codes = gpu::shared_at<int64_t>(plan.codes) + stage * p.tile_rows * s.levels;
+    const Shared<int> checked = gpu::shared_at<int>(plan.checked);
+    for (int i = gpu::thread_index(); i < p.tile_rows * s.levels; i += kThreads) {
+      const bool inside = first * s.levels + i < last * s.levels;
+      checked[i] = inside ? static_cast<int>(gpu::checked_code(codes[i], s.size)) : -1;
+    }
+    if constexpr (kSum != Sum::kRow) {
+      const Shared<const unsigned char> rows = gpu::shared_at<unsigned char>(plan.source + stage * plan.source_bytes);
+      const Shared<const float> scales = gpu::shared_at<float>(plan.scales);
+      const Shared<float> values = gpu::shared_at<float>(plan.values);
+      BBQ_UNROLL_BY(2)
+      for (int i = gpu::thread_index(); i < tile; i += kThreads) {
+        const int row = i >> p.slice_bits;
+        const int64_t column = gpu::block_index_y() * slice + (i & (slice - 1));
+        const bool inside = first + row < last && column < s.width;
+        float value = 0;
+        with_type(p.source.type, [&](auto type) {
+          using T = decltype(type);
+          value = to_float(T(gpu::cast<const T>(rows)[i]));
+        });
+        BBQ_UNROLL_BY(4)
         for (int l = 0; l < s.levels; ++l) {
-          const int64_t code = codes[row * s.levels + l];
+          float word = 0;
+          if (inside) {
+            const int64_t code = gpu::checked_code(codes[row * s.levels + l], s.size);
+            if (code >= 0) word = p.codebooks[(l * s.size + code) * s.width + column];
+          }
           if (kSum == Sum::kResidual) values[l * tile + i] = value;
-          if (code >= 0 && inside) value = gpu::add(value, -p.codebooks[(l * s.size + code) * s.width + column]);
+          value = gpu::add(value, -word);
           if (kSum == Sum::kRest) values[l * tile + i] = gpu::multiply(scales[l], value);
         }
       }
     }
   }
 
+  // Adds kBatch rows to the elements of a table that one thread owns: code[i] < 0 adds nothing.
+  template <class TableAt>
+  static BBQ_DEVICE void add_rows(const int (&code)[kBatch], const float (&value)[kBatch], const TableAt& table_at) {
+    float sum[kBatch];
+    BBQ_UNROLL
+    for (int i = 0; i < kBatch; ++i) sum[i] = code[i] >= 0 ? float(table_at(code[i])) : 0.0f;
+    BBQ_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      BBQ_UNROLL
+      for (int j = 0; j < i; ++j) sum[i] = code[j] == code[i] ? sum[j] : sum[i];  // fetched before row j was added
+      sum[i] = gpu::add(sum[i], value[i]);
+    }
+    BBQ_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (code[i] >= 0) table_at(code[i]) = sum[i];
+    }
+  }
+
   static BBQ_DEVICE void run(const Params& p) {
     const RowShape& s = p.shape;
     const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice, owners = s.levels * slice;
-    const Plan plan(s, slice, p.tile_rows, p.table_is_shared);
-    const Shared<float> values = gpu::shared_at<float>(plan.values);
-    const Shared<int> codes = gpu::shared_at<int>(plan.codes);
+    const Plan plan(s, slice, p.tile_rows, element_bytes(p.source.type), p.table_is_shared);
+    const Shared<const int> codes = gpu::shared_at<int>(plan.checked);
     const Shared<float> table = gpu::shared_at<float>(plan.table);
     const int64_t first_column = gpu::block_index_y() * slice;
     const Global<float> target = p.partials + gpu::block_index() * s.levels * s.size * s.width + first_column;
     const int columns = s.width - first_column < slice ? static_cast<int>(s.width - first_column) : slice;
+    const int64_t begin = gpu::block_index() * p.chunk_rows;
+    const int64_t end = begin + p.chunk_rows < s.rows ? begin + p.chunk_rows : s.rows;
+    copy_tile(p, plan, 0, begin, end);
 
     // f(level, column) for each element column of the table that this thread owns.
     const auto for_owned = [&](const auto& f) {
@@ -1000,42 +1076,37 @@ struct SumRows {
       const Shared<float> scales = gpu::shared_at<float>(plan.scales);
       for (int l = gpu::thread_index(); l < s.levels; l += kThreads) scales[l] = -loss_scale(p.grad_codebook, l, s);
     }
-    const int64_t begin = gpu::block_index() * p.chunk_rows;
-    const int64_t end = begin + p.chunk_rows < s.rows ? begin + p.chunk_rows : s.rows;
+    int stage = 0;
     for (int64_t first = begin; first < end; first += p.tile_rows) {
-      gpu::sync_threads();  // nobody reads the tile before any more
-      stage(p, plan, first, end);
+      gpu::async_wait<0>();
+      gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
+      copy_tile(p, plan, stage ^ 1, first + p.tile_rows, end);
+      prepare(p, plan, stage, first, end);
       gpu::sync_threads();
+      const int values_at = kSum == Sum::kRow ? plan.source + stage * plan.source_bytes : plan.values;
       for_owned([&](int level, int column) {
-        const Shared<const float> level_values = values + (kSum == Sum::kRow ? 0 : level * tile) + column;
-        const auto add_rows = [&](const auto& table_at) {
-          for (int row = 0; row < p.tile_rows; row += kBatch) {
-            int code[kBatch];
-            float sum[kBatch];
-            BBQ_UNROLL
-            for (int i = 0; i < kBatch; ++i) {
-              code[i] = codes[(row + i) * s.levels + level];
-              sum[i] = code[i] >= 0 ? float(table_at(code[i])) : 0.0f;
-            }
-            BBQ_UNROLL
-            for (int i = 0; i < kBatch; ++i) {
-              BBQ_UNROLL
-              for (int j = 0; j < i; ++j) sum[i] = code[j] == code[i] ? sum[j] : sum[i];  // fetched before that row
-              sum[i] = gpu::add(sum[i], level_values[(row + i) * slice]);
-            }
-            BBQ_UNROLL
-            for (int i = 0; i < kBatch; ++i) {
-              if (code[i] >= 0) table_at(code[i]) = sum[i];
-            }
+        const Shared<const float> values =
+            gpu::shared_at<float>(values_at) + (kSum == Sum::kRow ? 0 : level * tile) + column;
+        for (int row = 0; row < p.tile_rows; row += kBatch) {
+          int code[kBatch];
+          float value[kBatch];
+          BBQ_UNROLL
+          for (int i = 0; i < kBatch; ++i) {
+            code[i] = codes[(row + i) * s.levels + level];
+            value[i] = values[(row + i) * slice];
           }
-        };
-        if (p.table_is_shared) {
-          add_rows([&](int64_t k) -> decltype(auto) { return table[(level * s.size + k) * slice + column]; });
-        } else {
-          add_rows([&](int64_t k) -> decltype(auto) { return target[(level * s.size + k) * s.width + column]; });
+          if (p.table_is_shared) {
+            const Shared<float> mine = table + level * s.size * slice + column;
+            add_rows(code, value, [&](int k) -> decltype(auto) { return mine[k * slice]; });
+          } else {
+            const Global<float> mine = target + level * s.size * s.width + column;
+            add_rows(code, value, [&](int k) -> decltype(auto) { return mine[k * s.width]; });
+          }
         }
       });
+      stage ^= 1;
     }
+    gpu::async_wait<0>();
     if (!p.table_is_shared) return;
     for_owned([&](int level, int column) {
       for (int64_t k = 0; k < s.size; ++k) {
@@ -1128,9 +1199,6 @@ struct FinishCounts {
 //   machine()                                                 what the sizes depend on
 //   scratch<U>(count)                                         memory until the end of the operator
 //   run<Kernel>(blocks, blocks_y, threads, shared, params)    a launch
-struct Machine {
-  int processors, shared_per_block, shared_per_processor;
-};
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -1176,6 +1244,24 @@ int64_t run_encode(Queue& queue, const EncodeArguments& a, Global<const float> h
 }
 
 template <class Queue>
+int64_t run_encode_wide(Queue& queue, const EncodeArguments& a, Global<const float> half_squares,
+                        Global<const Level> levels, Global<double>& losses) {
+  const RowShape& s = a.shape;
+  const int64_t warps = divide_up(s.rows, EncodeWide::kRows);
+  losses = queue.template scratch<double>(warps * s.levels);
+  const auto residuals = queue.template scratch<float>(s.rows * s.width);
+  queue.template run<EncodeWide>(divide_up(warps, EncodeWide::kThreads / gpu::kLanes), 1, EncodeWide::kThreads, 0,
+                                 {a.x, a.codebooks, half_squares, levels, residuals, a.quantized, a.codes, losses, s});
+  return warps;
+}
+
+// Whether the rows of one warp fit on chip.
+template <int kWidth, class Queue>
+bool fits(const Queue& queue, const RowShape& s) {
+  return typename Encode<kWidth>::Plan(gpu::kLanes, s.levels).bytes <= queue.machine().shared_per_block;
+}
+
+template <class Queue>
 void residual_quantize(Queue& queue, const EncodeArguments& a) {
   const RowShape& s = a.shape;
   const int64_t words = s.levels * s.size;
@@ -1190,23 +1276,17 @@ void residual_quantize(Queue& queue, const EncodeArguments& a) {
                                          {a.codebooks, half_squares, norms, peaks, words, s.width});
     queue.template run<MeasureLevels>(s.levels, 1, MeasureLevels::kThreads, MeasureLevels::kSharedBytes,
                                       {norms, peaks, levels, s.size});
-    const int most_levels = queue.machine().shared_per_block / (gpu::kLanes * 4) / 8;  // codes of a warp's rows on chip
-    if (s.width > kMaxTensorWidth || s.size > kMaxTensorSize || s.levels > most_levels) {
-      using Kernel = EncodeWide;
-      const int64_t warps = divide_up(s.rows, Kernel::kRows);
-      losses = queue.template scratch<double>(warps * s.levels);
-      const auto residuals = queue.template scratch<float>(s.rows * s.width);
-      queue.template run<Kernel>(divide_up(warps, Kernel::kThreads / gpu::kLanes), 1, Kernel::kThreads, 0,
-                                 {a.x, a.codebooks, half_squares, levels, residuals, a.quantized, a.codes, losses, s});
-      partials = warps;
-    } else if (s.width <= 32) {
+    const bool small = s.size <= kMaxTensorSize;
+    if (small && s.width <= 32 && fits<32>(queue, s)) {
       partials = run_encode<32>(queue, a, half_squares, levels, losses);
-    } else if (s.width <= 64) {
+    } else if (small && s.width <= 64 && fits<64>(queue, s)) {
       partials = run_encode<64>(queue, a, half_squares, levels, losses);
-    } else if (s.width <= 128) {
+    } else if (small && s.width <= 128 && fits<128>(queue, s)) {
       partials = run_encode<128>(queue, a, half_squares, levels, losses);
-    } else {
+    } else if (small && s.width <= 256 && fits<256>(queue, s)) {
       partials = run_encode<256>(queue, a, half_squares, levels, losses);
+    } else {
+      partials = run_encode_wide(queue, a, half_squares, levels, losses);
     }
   }
   queue.template run<FinishLosses>(s.levels, 1, FinishLosses::kThreads, FinishLosses::kSharedBytes,
@@ -1240,24 +1320,25 @@ void sum_rows(Queue& queue, const InputRows& source, Global<const int64_t> codes
   using Kernel = SumRows<kSum>;
   const Machine machine = queue.machine();
   const int64_t elements = s.levels * s.size * s.width;
-  // The widest slice whose table fits, but at least 8 columns: a sector of memory.
+  const int element_bytes = source.type == Float::kFloat32 ? 4 : 2;
+  const auto plan_bytes = [&](int slice_bits, int tile_rows, bool shared) {
+    return typename Kernel::Plan(s, 1 << slice_bits, tile_rows, element_bytes, shared).bytes;
+  };
+  // Slices of 16 columns keep several blocks on a processor busy; 8 are a sector of memory, and still worth it.
   int slice_bits = bits_of(s.width - 1);
-  slice_bits = slice_bits < 6 ? slice_bits : 6;
-  int tile_rows = 32;
-  while (tile_rows > Kernel::kBatch &&
-         typename Kernel::Plan(s, 1 << slice_bits, tile_rows, false).bytes > machine.shared_per_block / 4) {
+  slice_bits = slice_bits < 4 ? slice_bits : 4;
+  int tile_rows = 64;
+  while (tile_rows > Kernel::kBatch && plan_bytes(slice_bits, tile_rows, false) > machine.shared_per_block / 4) {
     tile_rows /= 2;
   }
-  const auto fits = [&](int bits) {
-    return typename Kernel::Plan(s, 1 << bits, tile_rows, true).bytes <= machine.shared_per_block;
-  };
-  while (slice_bits > 3 && !fits(slice_bits)) --slice_bits;
-  const bool shared = fits(slice_bits);
-  const int64_t slices = divide_up(s.width, int64_t{1} << slice_bits);
-  const auto bytes = typename Kernel::Plan(s, 1 << slice_bits, tile_rows, shared).bytes;
-  // Chunks fill the machine; a table per chunk must stay small beside the rows that it sums.
-  const int64_t resident = machine.processors * (machine.shared_per_processor / (bytes + 1024) + 1);
-  int64_t chunks = divide_up(resident, slices);
+  if (slice_bits > 3 && plan_bytes(slice_bits, tile_rows, true) > machine.shared_per_processor / 2) slice_bits = 3;
+  const bool shared = plan_bytes(slice_bits, tile_rows, true) <= machine.shared_per_block;
+  const int64_t bytes = plan_bytes(slice_bits, tile_rows, shared),
+                slices = divide_up(s.width, int64_t{1} << slice_bits);
+  // Chunks fill the machine once; a table per chunk must stay small beside the rows that it sums.
+  int64_t resident = machine.shared_per_processor / (bytes + 1024);
+  resident = machine.processors * (resident < 1 ? 1 : resident > 8 ? 8 : resident);
+  int64_t chunks = resident / slices;
   const int64_t most = s.rows / (4 * s.size);
   chunks = chunks < most ? chunks : most;
   chunks = chunks > 1 ? chunks : 1;

@@ -179,6 +179,26 @@ def _least_two_and_rest(
     return best, next_best, tl.min(tl.minimum(first, second), 1)
 
 
+@triton.jit
+def _step(residual, code, next_code, two, codebook, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """What a level leaves of the rows, its squared norm, and the code. -1 leaves them as they are.
+
+    Where `two` codes may be the nearest, both distances are compared in float32: the least is that squared norm.
+    """
+    d = tl.arange(0, BLOCK_WIDTH)
+    mask = (code >= 0)[:, None] & (d < WIDTH)[None, :]
+    rest = residual - tl.load(codebook + code.to(tl.int64)[:, None] * WIDTH + d[None, :], mask, 0.0)
+    norm = tl.sum(rest * rest, 1)
+    if tl.max(two.to(tl.int32), 0) > 0:
+        mask = two[:, None] & (d < WIDTH)[None, :]
+        next_rest = residual - tl.load(codebook + next_code.to(tl.int64)[:, None] * WIDTH + d[None, :], mask, 0.0)
+        next_norm = tl.sum(next_rest * next_rest, 1)
+        closer = two & ((next_norm < norm) | ((next_norm == norm) & (next_code < code)))
+        code, norm = tl.where(closer, next_code, code), tl.where(closer, next_norm, norm)
+        rest = tl.where(closer[:, None], next_rest, rest)
+    return rest, norm, code
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _quantize_kernel(
     x,  # (N, D)
@@ -209,13 +229,22 @@ def _quantize_kernel(
     d, levels = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_LEVELS)
     inside = (row < rows)[:, None] & (d < WIDTH)[None, :]
     residual = tl.load(x + row[:, None] * WIDTH + d[None, :], inside, 0.0).to(tl.float32)  # [ROWS, WIDTH]
-    norm = tl.sum(residual * residual, 1)
     codebook, level_words, level_norms = codebooks, words, half_norms
     wrong_codebook = tl.max(tl.load(ranges + levels, levels < LEVELS, 0), 0) >= _INF_BITS
     bad = (index < 0) | wrong_codebook
     found = tl.zeros([BLOCK_ROWS, BLOCK_LEVELS], tl.int32)
     losses = tl.zeros([BLOCK_LEVELS], tl.float32)
+    # What the search of a level found: a code, and another one that may be as near. Before the first: none.
+    code = tl.full([BLOCK_ROWS], -1, tl.int32)
+    next_code, two = code, index < 0
     for level in range(LEVELS):
+        # The step of the level before comes here, not after its search: Triton then keeps rows in one layout only.
+        residual, norm, code = _step(residual, code, next_code, two, codebook - SIZE * WIDTH, WIDTH, BLOCK_WIDTH)
+        if level > 0:
+            bad = bad | _not(norm < float("inf"))
+        found = tl.where((levels == level - 1)[None, :], code[:, None], found)
+        losses = tl.where(levels == level - 1, tl.sum(tl.where(row < rows, norm, 0.0), 0), losses)
+
         # Scaling by powers of two, so that a row is shorter than 2^15. One that is much shorter than the codewords is
         # scaled like 2^-60 of them; what overflows float16 makes the bound infinite, and all distances are compared.
         word_exponent = tl.maximum(tl.load(ranges + level) >> 23, 14)
@@ -243,7 +272,7 @@ def _quantize_kernel(
         code = tl.zeros([BLOCK_ROWS], tl.int32)
         next_code = code
         for start in range(0, PADDED_SIZE, SECTION):
-            one, two, three = _least_two_and_rest(
+            first, second, third = _least_two_and_rest(
                 rounded,
                 norm_factor,
                 level_words,
@@ -259,13 +288,13 @@ def _quantize_kernel(
                 STAGES,
             )
             CODE_MASK: tl.constexpr = (1 << INDEX_BITS) - 1
-            one_code = start + (one.to(tl.int32, bitcast=True) & CODE_MASK)
-            two_code = start + (two.to(tl.int32, bitcast=True) & CODE_MASK)
+            first_code = start + (first.to(tl.int32, bitcast=True) & CODE_MASK)
+            second_code = start + (second.to(tl.int32, bitcast=True) & CODE_MASK)
             # Two sorted pairs into one: the larger of the firsts and the smaller of the seconds meet for second place.
-            middle, middle_code = tl.maximum(one, best), tl.where(one < best, code, one_code)
-            code, best = tl.where(one < best, one_code, code), tl.minimum(one, best)
-            lower, lower_code = tl.minimum(two, next_best), tl.where(two < next_best, two_code, next_code)
-            other = tl.minimum(tl.minimum(other, three), tl.maximum(two, next_best))
+            middle, middle_code = tl.maximum(first, best), tl.where(first < best, code, first_code)
+            code, best = tl.where(first < best, first_code, code), tl.minimum(first, best)
+            lower, lower_code = tl.minimum(second, next_best), tl.where(second < next_best, second_code, next_code)
+            other = tl.minimum(tl.minimum(other, third), tl.maximum(second, next_best))
             next_code, next_best = tl.where(lower < middle, lower_code, middle_code), tl.minimum(lower, middle)
             other = tl.minimum(other, tl.maximum(lower, middle))
             level_words += SECTION * BLOCK_WIDTH
@@ -277,35 +306,29 @@ def _quantize_kernel(
         two = searched & _not(next_best - best > 2 * slack + STEP * (tl.abs(best) + tl.abs(next_best)))
         many = searched & _not(other - best > 2 * slack + STEP * (tl.abs(best) + tl.abs(other)))
 
-        # Rows with more than two candidates, one by one: all distances.
+        # Rows with more than two candidates, one by one: all distances. The residual is built again, by the same
+        # subtractions: taken out of the tile, it would have Triton keep the tile in a second layout.
         remaining = many.to(tl.int32)
         while tl.max(remaining, 0) > 0:
-            this = index == tl.argmax(remaining, 0)
-            vector = tl.sum(tl.where(this[:, None], residual, 0.0), 0)  # [WIDTH], exact: the others are zero
+            at = tl.argmax(remaining, 0)
+            this = index == at
+            place = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + at) * WIDTH + d
+            vector = tl.load(x + place, d < WIDTH, 0.0).to(tl.float32)  # [WIDTH]
+            for before in range(level):
+                chosen = tl.sum(tl.sum(tl.where(this[:, None] & (levels == before)[None, :], found, 0), 1), 0)
+                at_word = (chosen + tl.cast(before, tl.int64) * SIZE) * WIDTH + d
+                vector -= tl.load(codebooks + at_word, d < WIDTH, 0.0)
             nearest = _nearest_by_distance(vector, codebook, SIZE, WIDTH, SEARCH_SIZE, BLOCK_WIDTH)
             code = tl.where(this, nearest, code)
             remaining = tl.where(this, 0, remaining)
 
-        # Rows with two candidates: both distances. The least is what is left of the row, and its loss.
         two = two & _not(many)
-        word = tl.load(codebook + code.to(tl.int64)[:, None] * WIDTH + d[None, :], (d < WIDTH)[None, :], 0.0)
-        rest = residual - word
-        norm = tl.sum(rest * rest, 1)
-        if tl.max(two.to(tl.int32), 0) > 0:
-            mask = two[:, None] & (d < WIDTH)[None, :]
-            word = tl.load(codebook + next_code.to(tl.int64)[:, None] * WIDTH + d[None, :], mask, 0.0)
-            next_rest = residual - word
-            next_norm = tl.sum(next_rest * next_rest, 1)
-            closer = two & ((next_norm < norm) | ((next_norm == norm) & (next_code < code)))
-            code, norm = tl.where(closer, next_code, code), tl.where(closer, next_norm, norm)
-            rest = tl.where(closer[:, None], next_rest, rest)
-
-        residual = rest
-        bad = bad | _not(norm < float("inf"))
-        found = tl.where((levels == level)[None, :], code[:, None], found)
-        losses = tl.where(levels == level, tl.sum(tl.where(row < rows, norm, 0.0), 0), losses)
         codebook += SIZE * WIDTH
 
+    residual, norm, code = _step(residual, code, next_code, two, codebook - SIZE * WIDTH, WIDTH, BLOCK_WIDTH)
+    bad = bad | _not(norm < float("inf"))
+    found = tl.where((levels == LEVELS - 1)[None, :], code[:, None], found)
+    losses = tl.where(levels == LEVELS - 1, tl.sum(tl.where(row < rows, norm, 0.0), 0), losses)
     found = tl.where(bad[:, None], -1, found)
     written = (row < rows)[:, None] & (levels < LEVELS)[None, :]
     tl.store(codes + row[:, None] * LEVELS + levels[None, :], found.to(tl.int64), written)

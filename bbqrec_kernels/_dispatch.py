@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -13,7 +17,12 @@ from bbqrec_kernels import _library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
+# The operators that have kernels besides those of the CPU library, which has all.
+_TRITON = ("residual_quantize", "residual_decode", "residual_statistics")
+_CUDA = ()
+
 _NO_SUCH_KERNEL = "this version has no such kernel for it"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _warned: set[tuple[str, str]] = set()
 
@@ -30,11 +39,11 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
     """
     wish = _wish_of_the_reference_only(tensors)
-    blockers = _blockers(tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
+    blockers = _blockers(operator, tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
         if chosen == "reference" and not wish:
-            _warn_once(operator, blockers["cpu" if tensors[0].device.type == "cpu" else "cuda"])
+            _warn_once(operator, blockers[_expected(operator, tensors[0])])
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -43,12 +52,42 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     return impl
 
 
-def _blockers(tensor: Tensor) -> dict[str, str | None]:
-    """For each implementation, fastest first, None where it can run, otherwise the reason why not."""
-    cpu = _library.CPU.blocker
-    if tensor.device.type not in ("cpu", "meta"):
-        cpu = f"the tensors are on {tensor.device.type}"
-    return {"cuda": _NO_SUCH_KERNEL, "triton": _NO_SUCH_KERNEL, "cpu": cpu, "reference": None}
+def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
+    """For each implementation, the one that "auto" prefers first, None where it can run, otherwise the reason why not.
+
+    What is after the reference runs by name only: Triton's interpreter is for tests.
+    """
+    device = tensor.device.type
+    cpu = _library.CPU.blocker if device in ("cpu", "meta") else f"the tensors are on {device}"
+    cuda = _NO_SUCH_KERNEL
+    triton = _triton_blocker(device) if operator in _TRITON else _NO_SUCH_KERNEL
+    if device == "cuda":
+        return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
+    return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
+
+
+def _expected(operator: str, tensor: Tensor) -> str:
+    """The implementation that should have run instead of the reference."""
+    if tensor.device.type == "cpu":
+        return "cpu"
+    return "triton" if operator in _TRITON and operator not in _CUDA else "cuda"
+
+
+def _triton_blocker(device: str) -> str | None:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    return None if torch.compiler.is_compiling() else _triton_import_error()
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton does not import: {error}"
+    return None
 
 
 def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:

@@ -22,7 +22,7 @@ from bbqrec_kernels.residual_quantization.reference import check_range
 
 # A product and a sum are never fused unless the code says fma: a distance is the same in every kernel and version.
 # `debug` compiles the assertions on codes in; overflow checks of integers would come with it.
-_OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
+OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
 
 WIDEST_ON_CHIP = 1024  # D up to which the residuals of a block of rows stay in registers
 _CHUNK = 512  # sorted rows of one program of the segment sums, and of one partial sum
@@ -644,8 +644,8 @@ _SECTION = 1024  # codewords that are told apart by 10 of a score's 23 bits
 _TILES = {
     64: (128, 64, 8, 3),
     128: (64, 64, 8, 3),
-    256: (64, 64, 8, 3),
-    512: (32, 32, 8, 3),
+    256: (64, 32, 8, 3),
+    512: (16, 64, 8, 3),
     1024: (16, 32, 8, 2),
 }
 
@@ -717,7 +717,7 @@ def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: obje
     """Starts a kernel on the device of its first argument."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, **_OPTIONS)
+        kernel[grid](*arguments, **constants, **OPTIONS)
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,9 +17,11 @@ from bbqrec_kernels import _library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
-# The operators that have kernels besides those of the CPU library, which has all.
-_TRITON = ("residual_quantize", "residual_decode", "residual_statistics")
-_CUDA = ()
+# The operators that have kernels in an implementation; the others all have them all.
+_KERNELS: dict[str, frozenset[str]] = {
+    "cuda": frozenset(),
+    "triton": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
+}
 
 _NO_SUCH_KERNEL = "this version has no such kernel for it"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -60,7 +62,7 @@ def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
     device = tensor.device.type
     cpu = _library.CPU.blocker if device in ("cpu", "meta") else f"the tensors are on {device}"
     cuda = _NO_SUCH_KERNEL
-    triton = _triton_blocker(device) if operator in _TRITON else _NO_SUCH_KERNEL
+    triton = _triton_blocker(device) if operator in _KERNELS["triton"] else _NO_SUCH_KERNEL
     if device == "cuda":
         return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
     return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
@@ -70,7 +72,7 @@ def _expected(operator: str, tensor: Tensor) -> str:
     """The implementation that should have run instead of the reference."""
     if tensor.device.type == "cpu":
         return "cpu"
-    return "triton" if operator in _TRITON and operator not in _CUDA else "cuda"
+    return next((name for name, operators in _KERNELS.items() if operator in operators), "cuda")
 
 
 def _triton_blocker(device: str) -> str | None:

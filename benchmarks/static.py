@@ -199,7 +199,6 @@ def _residual_quantization_cases() -> Iterator[Case]:
     yield quantize(4, 1024, 256)
     yield quantize(4, 500, 100)
     yield quantize(4, 1024, 512)
-    yield quantize(3, 256, 768)
     yield quantize(3, 3000, 48)
     for levels, size, width in ((3, 256, 64), (4, 1024, 256)):
         shape = f"L={levels} K={size} D={width}"
@@ -219,9 +218,9 @@ def _residual_quantization_cases() -> Iterator[Case]:
         join = rq.join_constants(size, width) | {"COUNT": True}
         units = per_thread(join, "BLOCK_CHUNKS", "BLOCK_WIDTH")
         yield Case(shape, rq._join_segments_kernel, types, join, "element", units)
-    wide = rq.wide_constants(256, 2048)
+    wide = rq.wide_constants(256, 768)
     units = per_thread(wide, "BLOCK_ROWS", "BLOCK_SIZE", "BLOCK_WIDTH")
-    yield Case("K=256 D=2048", rq._wide_level_kernel, types, wide, "element of a distance", units)
+    yield Case("K=256 D=768", rq._wide_level_kernel, types, wide, "element of a distance", units)
     yield Case("L=3", rq._losses_kernel, types, {"LEVELS": 3, "BLOCK": 1024, "num_warps": 4}, "", 0)
     keys = {"SIZE": 256, "LEVELS": 3, "BLOCK_ROWS": 1024, "num_warps": 4}
     yield Case("L=3 K=256", rq._keys_kernel, types, keys, "", 0)
@@ -275,16 +274,36 @@ def measure_cuda(source: Path, architecture: int) -> list[Row]:
     headers = Path(torch.__file__).parent / "include"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch={target}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        command = [
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            "-cubin",
+            f"-arch={target}",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ]
         includes = [f"-I{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include", ROOT / "csrc")]
         subprocess.run([*command, *includes, "-DUSE_CUDA", "-o", binary, source], check=True)
         code, version = disassemble(binary), subprocess.check_output(["nvcc", "--version"], text=True)
         release = re.search(r"release ([\d.]+)", version)[1]
         rows = []
         for function, resources in usage(binary).items():
-            name = subprocess.run(["c++filt", "-p", function], capture_output=True, text=True).stdout.strip() or function
+            name = (
+                subprocess.run(["c++filt", "-p", function], capture_output=True, text=True).stdout.strip() or function
+            )
             counts = measure(code[function])
-            rows.append(Row(name, source.stem, target, f"nvcc {release}", unit="", instructions_per_unit=0.0, **resources, **counts))
+            rows.append(
+                Row(
+                    name,
+                    source.stem,
+                    target,
+                    f"nvcc {release}",
+                    unit="",
+                    instructions_per_unit=0.0,
+                    **resources,
+                    **counts,
+                )
+            )
     return rows
 
 
@@ -314,7 +333,9 @@ def faults(row: Row, recorded: Row | None) -> list[str]:
     if recorded is None:
         return [*found, f"{where}: is not in {TABLE.name}; run python -m benchmarks.static --write"]
     if row.loop_instructions > recorded.loop_instructions * SLACK:
-        found.append(f"{where}: {row.loop_instructions} instructions in the main loop, recorded {recorded.loop_instructions}")
+        found.append(
+            f"{where}: {row.loop_instructions} instructions in the main loop, recorded {recorded.loop_instructions}"
+        )
     if recorded.tensor_core_instructions and not row.tensor_core_instructions:
         found.append(f"{where}: no tensor-core instruction in the main loop")
     if row.global_atomics > recorded.global_atomics:
@@ -328,9 +349,13 @@ def render(rows: list[Row]) -> str:
     for r in rows:
         per_unit = f"{r.instructions_per_unit:g} / {r.unit}" if r.unit else ""
         numbers = r.registers, r.stack_bytes, r.shared_bytes, r.loop_instructions, r.loop_spills
-        lines.append((r.kernel, r.shape, r.architecture, *numbers, per_unit, r.tensor_core_instructions, r.global_atomics))
+        lines.append(
+            (r.kernel, r.shape, r.architecture, *numbers, per_unit, r.tensor_core_instructions, r.global_atomics)
+        )
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(str(cell).ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

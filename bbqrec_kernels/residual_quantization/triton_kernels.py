@@ -24,7 +24,7 @@ from bbqrec_kernels.residual_quantization.reference import check_range
 # `debug` compiles the assertions on codes in; overflow checks of integers would come with it.
 OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
 
-WIDEST_ON_CHIP = 1024  # D up to which the residuals of a block of rows stay in registers
+WIDEST_ON_CHIP = 512  # D up to which the residuals of a block of rows stay in registers
 _CHUNK = 512  # sorted rows of one program of the segment sums, and of one partial sum
 
 # No score of a finite row comes near it, and it keeps its order when its low bits are overwritten.
@@ -114,7 +114,9 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _nearest_by_distance(row, codebook, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _nearest_by_distance(
+    row, codebook, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
     """The code of the codeword nearest to one row `(BLOCK_WIDTH,)`, by sums of squared differences in float32."""
     d = tl.arange(0, BLOCK_WIDTH)
     best = float("inf")
@@ -129,6 +131,34 @@ def _nearest_by_distance(row, codebook, SIZE: tl.constexpr, WIDTH: tl.constexpr,
         code = tl.where(least < best, start + at, code)  # not for a tie: the lowest index stays
         best = tl.minimum(least, best)
     return code
+
+
+@triton.jit
+def _rounded_rows(residual, norm, ranges, LEVELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows in float16, the factor of the half norms in their scores, and how far a score may be from exact arithmetic.
+
+    `norm` is ‖r‖², and `ranges` that of _prepare_kernel at the level.
+    """
+    # Scaled by powers of two, so that a row is shorter than 2^15. One that is much shorter than the codewords is scaled
+    # like 2^-60 of them; what overflows float16 makes the bound infinite, and all distances are compared.
+    word_exponent = tl.maximum(tl.load(ranges) >> 23, 14)
+    row_exponent = ((_magnitude_bits(norm) >> 23) - 125 >> 1) + 126
+    row_exponent = tl.maximum(row_exponent, word_exponent - 60)
+    row_scale = _scale(row_exponent)
+    scaled = residual * row_scale[:, None]
+    rounded = scaled.to(tl.float16)
+    # A score is in units of both scales: ‖c‖²/2 - r·c = norm_factor ‖c'‖²/2 - r'·c'.
+    norm_factor = _power_of_two(tl.maximum(word_exponent - row_exponent, -126))
+
+    rest = scaled - rounded.to(tl.float32)  # exact
+    rest_norm = tl.sqrt(tl.sum(rest * rest, 1))
+    row_norm = tl.sqrt(tl.maximum(norm, 2.0**-126)) * row_scale * 1.001 + rest_norm
+    word_norm = tl.load(ranges + LEVELS).to(tl.float32, bitcast=True)
+    word_rest = tl.load(ranges + 2 * LEVELS).to(tl.float32, bitcast=True)
+    slack = rest_norm * word_norm + row_norm * word_rest
+    slack += row_norm * (word_norm + word_rest) * ((WIDTH + 2) * 2.0**-22)
+    slack += norm_factor * word_norm * word_norm * 2.0**-23
+    return rounded, norm_factor, slack * 1.01 + 2.0**-60
 
 
 @triton.jit
@@ -169,7 +199,9 @@ def _least_two_and_rest(
         tile_words += BLOCK_SIZE * BLOCK_WIDTH
         tile_norms += BLOCK_SIZE
     if RAGGED:
-        first = tl.where(first < _NEVER, (first.to(tl.int32, bitcast=True) | column[None, :]).to(tl.float32, bitcast=True), first)
+        first = tl.where(
+            first < _NEVER, (first.to(tl.int32, bitcast=True) | column[None, :]).to(tl.float32, bitcast=True), first
+        )
     else:
         first = (first.to(tl.int32, bitcast=True) | column[None, :]).to(tl.float32, bitcast=True)
     best = tl.min(first, 1)
@@ -245,28 +277,7 @@ def _quantize_kernel(
         found = tl.where((levels == level - 1)[None, :], code[:, None], found)
         losses = tl.where(levels == level - 1, tl.sum(tl.where(row < rows, norm, 0.0), 0), losses)
 
-        # Scaling by powers of two, so that a row is shorter than 2^15. One that is much shorter than the codewords is
-        # scaled like 2^-60 of them; what overflows float16 makes the bound infinite, and all distances are compared.
-        word_exponent = tl.maximum(tl.load(ranges + level) >> 23, 14)
-        row_exponent = ((_magnitude_bits(norm) >> 23) - 125 >> 1) + 126
-        row_exponent = tl.maximum(row_exponent, word_exponent - 60)
-        row_scale = _scale(row_exponent)
-        scaled = residual * row_scale[:, None]
-        rounded = scaled.to(tl.float16)
-        # A score is in units of both scales: ‖c‖²/2 - r·c = norm_factor ‖c'‖²/2 - r'·c'.
-        norm_factor = _power_of_two(tl.maximum(word_exponent - row_exponent, -126))
-
-        # The bound: no score is further than `slack` from that of exact arithmetic.
-        rest = scaled - rounded.to(tl.float32)
-        rest_norm = tl.sqrt(tl.sum(rest * rest, 1))
-        row_norm = tl.sqrt(tl.maximum(norm, 2.0**-126)) * row_scale * 1.001 + rest_norm
-        word_norm = tl.load(ranges + LEVELS + level).to(tl.float32, bitcast=True)
-        word_rest = tl.load(ranges + 2 * LEVELS + level).to(tl.float32, bitcast=True)
-        slack = rest_norm * word_norm + row_norm * word_rest
-        slack += row_norm * (word_norm + word_rest) * ((WIDTH + 2) * 2.0**-22)
-        slack += norm_factor * word_norm * word_norm * 2.0**-23
-        slack = slack * 1.01 + 2.0**-60
-
+        rounded, norm_factor, slack = _rounded_rows(residual, norm, ranges + level, LEVELS, WIDTH)
         best = tl.full([BLOCK_ROWS], _NEVER, tl.float32)
         next_best, other = best, best
         code = tl.zeros([BLOCK_ROWS], tl.int32)
@@ -358,7 +369,9 @@ def _losses_kernel(
     level, at = tl.program_id(0), tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, programs, BLOCK):
-        total += tl.load(partials + (start + at).to(tl.int64) * LEVELS + level, start + at < programs, 0.0).to(tl.float64)
+        total += tl.load(partials + (start + at).to(tl.int64) * LEVELS + level, start + at < programs, 0.0).to(
+            tl.float64
+        )
     mean = (tl.sum(total, 0) / elements.to(tl.float64)).to(tl.float32)
     tl.store(commitment_loss + level, mean)
     tl.store(codebook_loss + level, mean)
@@ -398,7 +411,8 @@ def _wide_level_kernel(
             )
             difference = value[:, None, :] - word[None, :, :]
             distance += tl.sum(difference * difference, 2)
-        distance = tl.where((k < SIZE)[None, :], distance, float("inf"))
+        comparable = (k < SIZE)[None, :] & (distance == distance)  # of a NaN row, nothing is: it keeps code 0
+        distance = tl.where(comparable, distance, float("inf"))
         least, at = tl.min(distance, 1, return_indices=True)
         code = tl.where(least < best, tile + at, code)
         best = tl.minimum(least, best)
@@ -646,7 +660,6 @@ _TILES = {
     128: (64, 64, 8, 3),
     256: (64, 32, 8, 3),
     512: (16, 64, 8, 3),
-    1024: (16, 32, 8, 2),
 }
 
 

@@ -118,7 +118,7 @@ def test_leading_dimensions(impl: str, shape: tuple[int, ...], layout: str) -> N
     result = residual_quantize(x, codebooks, impl=impl)
     assert result.quantized.shape == x.shape
     assert result.codes.shape == (*shape, 2)
-    if impl == "cpu":
+    if impl != "reference":
         assert result.quantized.stride() == torch.empty_like(x).stride()
 
 
@@ -251,13 +251,13 @@ def test_powers_of_two_change_nothing(impl: str, exponent: int) -> None:
 
 @pytest.mark.parametrize("width", [256, 1024, 4096])
 @pytest.mark.parametrize("offset", [0.1, 1.0])
-def test_rounding_errors_do_not_pile_up_over_the_width(width: int, offset: float) -> None:
+def test_rounding_errors_do_not_pile_up_over_the_width(kernel: str, width: int, offset: float) -> None:
     """Products of one sign, and codewords just outside each other's band: the hardest case for a sum in float32."""
     generator = torch.Generator().manual_seed(0)
     spread = offset * 0.03
     codebooks = offset + spread * torch.randn(1, 256, width, generator=generator)
-    x = offset + spread * torch.randn(300, width, generator=generator)
-    rq.assert_codes(residual_quantize(x, codebooks, impl="cpu").codes, x, codebooks)
+    x = offset + spread * torch.randn(300 if kernel == "cpu" else 5, width, generator=generator)
+    rq.assert_codes(residual_quantize(x, codebooks, impl=kernel).codes, x, codebooks)
 
 
 def test_expanded_inputs_and_gradients(impl: str) -> None:

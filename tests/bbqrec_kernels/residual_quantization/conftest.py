@@ -1,5 +1,9 @@
-"""Fixtures of the tests of residual quantization."""
+"""Fixtures of the tests of residual quantization.
 
+In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/interpret) they test the Triton kernels.
+"""
+
+import os
 import warnings
 from types import ModuleType
 
@@ -8,8 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = ["triton"] if INTERPRETS else ["cpu"]
+SIMULATED = [] if INTERPRETS else ["simt"]
 
-@pytest.fixture(params=["reference", "cpu", "simt"])
+
+@pytest.fixture(params=["reference", *KERNELS, *SIMULATED])
 def impl(request: pytest.FixtureRequest) -> str:
     """Every implementation that runs on this machine.
 
@@ -84,3 +92,9 @@ def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
     values = torch.from_numpy(array)
     values = values.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else values
     return torch.empty_like(tensor).copy_(values.reshape(tensor.shape))
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Those that are not the formula itself."""
+    return request.param

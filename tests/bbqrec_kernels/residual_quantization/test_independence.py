@@ -78,7 +78,6 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_every_call_gives_the_same_bits(impl: str) -> None:
     """Sums over rows that share a codeword have a fixed order, although two threads work on them."""
     x, codebooks = rq.random_inputs(3000, width=64, levels=2, size=16)

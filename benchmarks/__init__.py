@@ -1,0 +1,1 @@
+"""Measurements of the operators: see the docstring of each module."""

@@ -1,1 +1,1 @@
-"""Measurements of the operators: see the docstring of each module."""
+"""Speed and memory of the operators against what a user would pick instead: `python -m benchmarks`."""

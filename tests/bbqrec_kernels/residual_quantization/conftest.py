@@ -5,6 +5,7 @@ In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/inter
 
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from bbqrec_kernels.testing import simd_target, simd_targets
+
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = ["triton"] if INTERPRETS else ["cpu"]
+CPU = [f"cpu-{name}" for name in simd_targets()] or ["cpu"]  # once for each SIMD target of this machine
+KERNELS = ["triton"] if INTERPRETS else CPU
 SIMULATED = [] if INTERPRETS else ["simt"]
 
 
 @pytest.fixture(params=["reference", *KERNELS, *SIMULATED])
-def impl(request: pytest.FixtureRequest) -> str:
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that runs on this machine.
 
     "simt" is the CUDA kernels' bodies on the host: while it lasts they stand where the CPU kernels are registered, and
@@ -26,8 +30,37 @@ def impl(request: pytest.FixtureRequest) -> str:
     """
     if request.param == "simt":
         request.getfixturevalue("simt_for_cpu")
-        return "cpu"
+        yield "cpu"
+    else:
+        yield from running(request.param)
+
+
+@pytest.fixture(params=KERNELS)
+def every_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that are not the formula itself."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=["triton" if INTERPRETS else "cpu"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The same, for what does not depend on the SIMD target."""
     return request.param
+
+
+@pytest.fixture(params=CPU)
+def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels alone."""
+    yield from running(request.param)
+
+
+def running(name: str) -> Iterator[str]:
+    """Yields the name of the implementation, and holds the CPU kernels to a SIMD target meanwhile."""
+    impl, _, target = name.partition("-")
+    if not target:
+        yield impl
+        return
+    with simd_target(target):
+        yield impl
 
 
 @pytest.fixture
@@ -92,9 +125,3 @@ def _like(tensor: Tensor, array: np.ndarray) -> Tensor:
     values = torch.from_numpy(array)
     values = values.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else values
     return torch.empty_like(tensor).copy_(values.reshape(tensor.shape))
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> str:
-    """Those that are not the formula itself."""
-    return request.param

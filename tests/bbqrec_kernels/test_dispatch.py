@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bbqrec_kernels import _dispatch
+from bbqrec_kernels import _dispatch, _library
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,32 @@ def test_tensors_on_a_gpu_without_a_kernel_run_in_the_reference_and_say_so_once(
     assert [str(w.message) for w in caught] == ["op runs as the slow reference: this version has no such kernel for it"]
     with pytest.raises(ValueError, match="op cannot run as 'cpu': the tensors are on cuda; choose another or 'auto'"):
         _dispatch.choose("op", "cpu", tensor)
+
+
+QUANTIZERS = ["residual_quantize", "residual_decode", "residual_statistics"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("operator", QUANTIZERS)
+def test_the_cuda_library_runs_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, None))
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    assert _dispatch.choose(operator, "auto", tensor) == _dispatch.choose(operator, "cuda", tensor) == "cuda"
+    assert _dispatch.choose(operator, "auto", torch.empty(2)) == "cpu"
+    with pytest.raises(ValueError, match="cannot run as 'cuda': the tensors are on cpu; choose another or 'auto'"):
+        _dispatch.choose(operator, "cuda", torch.empty(2))
+    with pytest.raises(ValueError, match="op cannot run as 'cuda': this version has no such kernel for it"):
+        _dispatch.choose("op", "cuda", tensor)
+
+
+@pytest.mark.parametrize("operator", QUANTIZERS)
+def test_a_missing_cuda_library_gives_its_reason(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, "the CUDA library was not built: no nvcc"))
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    with pytest.raises(ValueError, match="cannot run as 'cuda': the CUDA library was not built: no nvcc"):
+        _dispatch.choose(operator, "cuda", tensor)
 
 
 @pytest.mark.filterwarnings("error")

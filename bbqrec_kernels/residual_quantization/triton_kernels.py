@@ -734,7 +734,7 @@ def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: obje
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, levels, size, width = _sizes(codebooks, x=x)
+    rows, levels, _, width = _sizes(codebooks, x=x)
     x_rows, books = x.contiguous(), codebooks.contiguous()
     codes = x.new_empty(*x.shape[:-1], levels, dtype=torch.int64)
     commitment_loss, codebook_loss = books.new_zeros(levels), books.new_zeros(levels)

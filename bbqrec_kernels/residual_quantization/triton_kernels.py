@@ -782,7 +782,7 @@ def _quantize_wide(x: Tensor, codebooks: Tensor, quantized: Tensor, codes: Tenso
     codes.copy_(found.masked_fill_(bad, -1).T.reshape(codes.shape))
     decoded = _decode(codes, codebooks, rows)
     quantized.copy_(decoded.masked_fill_(bad[:, None], math.nan).reshape(quantized.shape))
-    return torch.where(bad.any(), math.nan, norms).T
+    return torch.where(bad.any(), math.nan, norms).T.contiguous()
 
 
 def residual_quantize_backward(

@@ -4,8 +4,8 @@ Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, an
 spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
 innermost loop with tensor-core instructions, or the longest innermost loop where there is none.
 
-The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel got
-worse. tests/compile_only/test_static.py is that comparison.
+The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
+got worse. tests/compile_only/test_static.py is that comparison.
 """
 
 from __future__ import annotations
@@ -364,15 +364,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit code 1 where a kernel got worse than the table")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--triton-only", action="store_true", help="leave out the CUDA kernels")
     options = parser.parse_args(arguments)
-    if options.write and (options.arch or options.kernel):
-        parser.error("--write renews the whole table: leave out --arch and --kernel")
+    if options.write and (options.arch or options.kernel or options.triton_only):
+        parser.error("--write renews the whole table: leave out --arch, --kernel and --triton-only")
     rows = []
     for architecture in options.arch or ARCHITECTURES:
         if importlib.util.find_spec("triton"):
             rows += [measure_triton(c, architecture) for c in triton_cases() if options.kernel in c.kernel.__name__]
         else:
             print("no Triton kernels: pip install triton", file=sys.stderr)
+        if options.triton_only:
+            continue
         if shutil.which("nvcc"):
             for source in sorted(CUDA_SOURCES.glob("*.cu")):
                 rows += [row for row in measure_cuda(source, architecture) if options.kernel in row.kernel]

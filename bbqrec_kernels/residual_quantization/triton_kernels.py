@@ -734,7 +734,7 @@ def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: obje
 
 
 def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, levels, size, width = _sizes(codebooks, x=x)
+    rows, levels, _, width = _sizes(codebooks, x=x)
     x_rows, books = x.contiguous(), codebooks.contiguous()
     codes = x.new_empty(*x.shape[:-1], levels, dtype=torch.int64)
     commitment_loss, codebook_loss = books.new_zeros(levels), books.new_zeros(levels)
@@ -782,7 +782,7 @@ def _quantize_wide(x: Tensor, codebooks: Tensor, quantized: Tensor, codes: Tenso
     codes.copy_(found.masked_fill_(bad, -1).T.reshape(codes.shape))
     decoded = _decode(codes, codebooks, rows)
     quantized.copy_(decoded.masked_fill_(bad[:, None], math.nan).reshape(quantized.shape))
-    return torch.where(bad.any(), math.nan, norms).T
+    return torch.where(bad.any(), math.nan, norms).T.contiguous()
 
 
 def residual_quantize_backward(

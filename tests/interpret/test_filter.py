@@ -1,4 +1,4 @@
-"""The filter of the Triton search: its bound holds whatever the inputs and however a tensor core adds, and it loses no winner.
+"""The filter of the Triton search: its bound holds whatever the inputs, and it loses no winner.
 
 The kernel computes rows in float16, factors and bound; what tensor cores make of them is modelled here, as badly as
 they may: products are exact, every sum is cut off towards zero to 22 bits, in the order that is worst.

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: the tests of every implementation, in a process of its own."""
+"""The Triton kernels in Triton's interpreter, on the CPU: the tests of every implementation, in their own process."""
 
 import importlib.util
 import os

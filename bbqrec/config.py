@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 class Section(BaseModel):
     """A group of options: unknown keys are refused, values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class TokenizerConfig(Section):
@@ -36,7 +36,7 @@ class TokenizerConfig(Section):
     )
     kmeans_iterations: int = Field(10, ge=0, description="of the residual k-means that codebooks start from")
     revive_after: int = Field(
-        50, ge=0, description="steps without use after which a codeword moves to where items fit badly; 0: never"
+        50, ge=0, description="every so many steps, codewords unused as long move to where items fit badly; 0: never"
     )
     disentangle: bool = Field(True, description="give the decoder a modality-specific part beside the quantized one")
     commitment_weight: float = Field(0.25, ge=0, description="beta of the quantization loss")
@@ -50,7 +50,7 @@ class TokenizerConfig(Section):
     max_steps: int = Field(1000, ge=1, description="fewer epochs where they are long: so many steps, rounded up to one")
     batch_tokens: int = Field(1024, ge=2, description="interactions per step")
     batch_items: int = Field(512, ge=2, description="items per step, at least: others fill up the batch's own")
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0, le=1)
 
 
 class ModelConfig(Section):
@@ -80,7 +80,7 @@ class TrainingConfig(Section):
     patience: int = Field(7, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     decay_after: int = Field(3, ge=1, description="after every so many of them, the learning rate falls to a third")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
 
 
@@ -181,13 +181,22 @@ class Config(Section):
         return {"model_name": self.model_name, **sections}
 
     def check_read(self) -> None:
-        """Raises `ValueError` for an option of the sequence model that was given, but that this model does not have."""
-        for key, value in self.model.model_dump(exclude_unset=True).items():
-            if key in NOT_READ[self.model_name] and value != (default := self._default("model", key)):
-                raise ValueError(
-                    f"model.{key}: got {value}, but model {self.model_name!r} does not read it; "
-                    f"leave it out, or at {default}"
-                )
+        """Raises `ValueError` naming the options that were given, differ from their default, and would do nothing."""
+        idle = set(NOT_READ[self.model_name])
+        if not self.model.cosine_output:
+            idle.add("output_scale")
+        given = self.model.model_dump(exclude_unset=True)
+        idle_given = {
+            key: value for key, value in given.items() if key in idle and value != self._default("model", key)
+        }
+        if idle_given:
+            named = ", ".join(
+                f"model.{key}={value} (default {self._default('model', key)})" for key, value in idle_given.items()
+            )
+            raise ValueError(f"options: {named} would do nothing with model {self.model_name!r}; leave them out")
+        modalities = self.tokenizer.modalities or []
+        if len(set(modalities)) < len(modalities):
+            raise ValueError(f"tokenizer.modalities: got {modalities}, expected each name once")
 
     def _sections(self) -> dict[str, Section]:
         return {name: value for name, value in self.__dict__.items() if isinstance(value, Section)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import subprocess
 from pathlib import Path
 
@@ -25,9 +24,16 @@ def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) ->
     """Fits a model, or finds it fitted, and returns its rows; those of most-popular come with SASRec."""
     data = Dataset.load(path)
     config = Config().override([*options, f"training.seed={seed}"])
-    run = fit(data, out / f"{model}-{seed}", model=model, config=config)
+    folder = out / f"{model}-{seed}"
+    is_new = not (folder / "run.json").exists()
+    run = fit(data, folder, model=model, config=config)
+    note = folder / "commit.txt"  # of the first call: that of a finished run stays
+    if is_new:
+        note.write_text(_git("describe", "--always", "--dirty"))
+    commit = note.read_text() if note.exists() else ""
     measured = {"seconds": run.facts["seconds"], "peak_memory_mb": run.facts["peak_memory_mb"]}
-    facts = {"seed": seed, **measured, "data": data.name, **run.facts["versions"]}
+    made = {"commit": commit, "device": run.facts["device"]}
+    facts = {"seed": seed, **measured, "data": data.name, **run.facts["versions"], **made}
     rows = []
     for split in ("validation", "test"):
         rows.append({"model": model, "split": split, **_metrics(run.metrics[split]), **facts})
@@ -50,6 +56,10 @@ def markdown(rows: pl.DataFrame) -> str:
                 cells += ["", ""] if model == "most_popular" else [f"{costs[0]:.1f}", f"{costs[1]:.0f}"]
                 lines.append(f"| {title} | {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _metrics(values: dict[str, float]) -> dict[str, float]:
@@ -78,8 +88,7 @@ def main() -> None:
             for model in arguments.models:
                 run = (arguments.data, model, seed, arguments.out, arguments.set)
                 rows += pool.apply(measure, run)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    table = pl.DataFrame(rows).with_columns(commit=pl.lit(commit), device=pl.lit(f"cpu {platform.machine()}"))
+    table = pl.DataFrame(rows)
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     table.sort("model", "split", "seed").write_csv(arguments.csv)
     print(markdown(table))

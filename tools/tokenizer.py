@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,8 @@ def rows_of(name: str, ids: SemanticIDs, data: Dataset) -> Iterator[dict[str, ob
 def code_sets(arguments: argparse.Namespace, data: Dataset) -> Iterator[tuple[str, SemanticIDs]]:
     config = Config().override(arguments.set)
     run = tokenize(data, arguments.out, config=config)
-    names = tuple(data.features)
+    names = tuple(name for name in data.features if f"codes/{name}" in run.items.columns)
+    data = replace(data, features={name: data.features[name] for name in names})
     codes = torch.tensor(np.stack([run.items[f"codes/{name}"].to_list() for name in names], 1))
     books = torch.empty(1, 0, config.tokenizer.codebook_size, 0)  # only the size counts here
     yield "bbqrec", SemanticIDs(names, codes, books)

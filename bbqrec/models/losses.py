@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_SCORES = 2**19  # 2 MB of scores: they stay in a core's cache between the products that make and use them
+# Scores of a chunk. 2 MB stay in a core's cache between the products that make and use them; GPUs want large products.
+CHUNK_SCORES = {"cpu": 2**19, "cuda": 2**26}
+MIN_ROWS = 16  # of a chunk: products of fewer are slow
 
 
 def catalogue_cross_entropy(hidden: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
@@ -14,19 +16,21 @@ def catalogue_cross_entropy(hidden: Tensor, vectors: Tensor, targets: Tensor) ->
     The gradient is found along with the loss, chunk by chunk of tokens, so scores are computed once and kept nowhere.
 
     Args:
-        hidden: `(T, d)` float32, T ≥ 1.
-        vectors: `(n_items, d)` float32.
+        hidden: `(T, d)`, T ≥ 1. Arithmetic is float32, under autocast too.
+        vectors: `(n_items, d)`.
         targets: `(T,)` int64 item indices.
 
     Returns a scalar, differentiable once in `hidden` and `vectors`.
     """
-    return _CatalogueCrossEntropy.apply(hidden, vectors, targets)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _CatalogueCrossEntropy.apply(hidden.float(), vectors.float(), targets)
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, min(len(hidden), CHUNK_SCORES // len(vectors)))
+        wanted = max(MIN_ROWS, CHUNK_SCORES.get(hidden.device.type, 2**26) // len(vectors))
+        rows = min(len(hidden), wanted)
         scores, shares = (hidden.new_empty(rows, len(vectors)) for _ in range(2))  # reused by all chunks
         loss = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden, grad_vectors = torch.empty_like(hidden), torch.zeros_like(vectors)

@@ -57,7 +57,7 @@ class SequenceModel(nn.Module):
             self.codebooks.requires_grad_(has_content)
             self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
             if config.reweighting:
-                self.channels = attention_channels(self.codes.shape[1], config)
+                self.channels = attention_channels(self.codes.shape[1], config, semantic_ids.is_shared)
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
@@ -111,8 +111,10 @@ class SequenceModel(nn.Module):
         return terms
 
 
-def attention_channels(modalities: int, config: ModelConfig) -> list[tuple[int, int]]:
+def attention_channels(modalities: int, config: ModelConfig, is_shared: bool) -> list[tuple[int, int]]:
     """Pairs of modality indices that attention compares: each with itself, and with the others where they fit.
+
+    Modalities with codebooks of their own (`is_shared` is false) have no code in common to compare.
 
     Raises `ValueError` for more modalities than the `gap` terms leave channels to.
     """
@@ -123,6 +125,6 @@ def attention_channels(modalities: int, config: ModelConfig) -> list[tuple[int, 
             "choose fewer, or set model.reweighting=false"
         )
     pairs = list(product(range(modalities), repeat=2))
-    if config.cross_modal and len(pairs) <= free:
+    if config.cross_modal and is_shared and len(pairs) <= free:
         return pairs
     return [(m, m) for m in range(modalities)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bbqrec.data.batches import pack_histories
@@ -132,8 +133,13 @@ class BBQRec:
                 if needed
                 else "timestamps: got some, expected None, as this model reads no times"
             )
-        if needed and [len(times) for times in timestamps] != [len(history) for history in histories]:
-            raise ValueError("timestamps: got other numbers of them than of items, expected one for each item")
+        for n, history in enumerate(histories if needed else ()):
+            times = list(timestamps[n]) if n < len(timestamps) and isinstance(timestamps[n], Iterable) else []
+            whole = all(isinstance(t, (int, np.integer)) and -(2**63) <= t < 2**63 for t in times)
+            if len(times) != len(history) or not whole or times != sorted(times):
+                raise ValueError(
+                    f"timestamps: got {times} for history {n}, expected {len(history)} whole numbers, oldest first"
+                )
 
     def _recommend(
         self, histories: list[list[int]], timestamps: Sequence[Sequence[int]] | None, k: int, keep_history: bool

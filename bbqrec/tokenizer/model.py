@@ -61,6 +61,7 @@ class Tokenizer(nn.Module):
             for _ in range(1 if config.shared_codebooks else len(self.modalities) + 1)
         )
         self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("steps", torch.tensor(0))  # of training, to time revivals by
         self.history_encoder = CausalTransformer(config.dim, layers=1, heads=2, dropout=0.1, max_length=max_length)
 
     def features(self, m: int) -> Tensor:
@@ -165,10 +166,15 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def semantic_ids(self) -> SemanticIDs:
-        """Codes of the whole catalogue, -1 where an item lacks the modality."""
+        """Codes of the whole catalogue, -1 where an item lacks the modality. Raises `ValueError` after divergence."""
         codes = []
         for m, encode in enumerate(self.encoders):
             found = residual_quantize(encode(self.features(m)), self.codebook(m)).codes
+            if (found[self.present(m)] < 0).any():  # what quantization makes of NaN
+                raise ValueError(
+                    f"tokenizer: vectors of modality {self.modalities[m]!r} are not finite, training has diverged; "
+                    "lower tokenizer.learning_rate and choose another folder"
+                )
             codes.append(found.masked_fill(~self.present(m)[:, None], -1))
         quantizers = self.quantizers if len(self.quantizers) == 1 else self.quantizers[: len(self.modalities)]
         books = torch.stack([quantizer.codebooks for quantizer in quantizers])

@@ -9,6 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from bbqrec.data.files import atomically
 from bbqrec_kernels import codebook_usage, residual_decode
 
 CODES = "codes/"  # prefix of a modality's column in the table: it may be called `title`
@@ -37,14 +38,26 @@ class SemanticIDs:
     def codebook_size(self) -> int:
         return self.codebooks.shape[2]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether equal codes of two modalities mean the same codeword."""
+        return len(self.codebooks) == 1
+
     def figures(self) -> dict[str, list[float] | float | None]:
         """`usage` and `perplexity` per level, `collision_rate`, `agreement`."""
         return {**self.usage(), "collision_rate": self.collision_rate(), "agreement": self.agreement()}
 
     def usage(self) -> dict[str, list[float]]:
-        """Per level: share of codewords in use, and perplexity (exp of the entropy of the code distribution)."""
-        found = codebook_usage(self.codes, self.codebook_size)
-        return {"usage": found.usage.tolist(), "perplexity": found.perplexity.tolist()}
+        """Per level: share of codewords in use, and perplexity (exp of the entropy of the code distribution).
+
+        Where every modality has codebooks of its own, means over the modalities.
+        """
+        groups = [self.codes] if self.is_shared else self.codes.unbind(1)
+        found = [codebook_usage(codes, self.codebook_size) for codes in groups]
+        return {
+            "usage": torch.stack([each.usage for each in found]).mean(0).tolist(),
+            "perplexity": torch.stack([each.perplexity for each in found]).mean(0).tolist(),
+        }
 
     def collision_rate(self) -> float:
         """Share of items whose codes, over all modalities, another item has as well."""
@@ -54,11 +67,12 @@ class SemanticIDs:
     def agreement(self) -> float | None:
         """Share of items whose modalities all have the same first code, among items that have every modality.
 
-        None where there is no such item, and where one modality alone has nothing to agree with.
+        None where there is no such item, and where there is nothing to agree on: with one modality alone, or where
+        every modality has codebooks of its own.
         """
         first = self.codes[:, :, 0]
         complete = (first >= 0).all(1)
-        if first.shape[1] < 2 or not complete.any():
+        if first.shape[1] < 2 or not self.is_shared or not complete.any():
             return None
         return (first[complete] == first[complete, :1]).all(1).double().mean().item()
 
@@ -80,7 +94,7 @@ class SemanticIDs:
         for m, name in enumerate(self.modalities):
             columns[f"{CODES}{name}"] = self.codes[:, m].tolist()
         columns["number"] = range(len(item_ids))
-        pl.DataFrame(columns).write_parquet(path)
+        atomically(Path(path), pl.DataFrame(columns).write_parquet)
 
 
 def decode(codes: Tensor, codebooks: Tensor) -> Tensor:

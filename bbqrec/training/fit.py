@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
 from bbqrec.training.modules import SequenceModule, TokenizerModule
-from bbqrec.training.run import Run, damage_named, save_model, save_weights, versions, write_json
+from bbqrec.training.run import Run, damage_named, device, save_model, save_weights, versions, write_json
 from bbqrec.training.trainer import Stage, train
 from bbqrec_kernels.similarity_attention.api import MAX_HEAD_SIZE
 
@@ -58,17 +59,14 @@ def fit(
     job = _start(data, out, model, config, progress)
     if job.run.finished:
         return job.run
-    started = time.perf_counter()
-    semantic_ids = _make_semantic_ids(job) if job.features else None
-    sequence_model = _fit_sequence_model(job, semantic_ids)
+    with _costs_recorded(job.run):
+        semantic_ids = _make_semantic_ids(job) if job.features else None
+        sequence_model = _fit_sequence_model(job, semantic_ids)
 
     folder = job.run.folder
     if semantic_ids is None:
         SemanticIDs.none(job.data.n_items).save_table(folder / "semantic_ids.parquet", *job.names)
     plots.save_curves(folder / "curves.png", folder / "logs")
-    seconds = job.run.facts.get("seconds", 0) + time.perf_counter() - started
-    facts = {"seconds": round(seconds, 1), "peak_memory_mb": _peak_memory_mb()}
-    write_json(folder / "run.json", {**job.run.facts, **facts})
     save_model(sequence_model, folder / "model.safetensors")
     metrics = _final_metrics(job, sequence_model)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
@@ -98,8 +96,10 @@ def tokenize(
     if name == "sasrec":
         raise ValueError(f"model: got {name!r}, which has no semantic IDs; expected another")
     job = _start(data, out, model, config, progress)
-    _make_semantic_ids(job)
-    return job.run
+    if not job.run.finished:
+        with _costs_recorded(job.run):
+            _make_semantic_ids(job)
+    return Run(job.run.folder, job.data)
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,10 @@ def _start(
             f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
         )
         if len(features) > 1 and config.model.reweighting and config.model.cross_modal:
-            channels = attention_channels(len(features), config.model)
-            if len(channels) == len(features):
+            channels = attention_channels(len(features), config.model, config.tokenizer.shared_codebooks)
+            if not config.tokenizer.shared_codebooks:
+                say("model.cross_modal: no, modalities with codebooks of their own have no code in common")
+            elif len(channels) == len(features):
                 say(f"model.cross_modal: no, of {MAX_CHANNELS} channels in attention it needs {len(features) ** 2}")
     return _Job(run, data, features, split, config, bars, say)
 
@@ -187,7 +189,7 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
     _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
     if model.reweighting:
-        attention_channels(len(features), model)  # refuses too many
+        attention_channels(len(features), model, tokenizer.shared_codebooks)  # refuses too many
 
 
 def _check_heads(option: str, dim: int, heads: int, what: str) -> None:
@@ -202,13 +204,16 @@ def _claim(folder: Path, data: Dataset, config: Config) -> Run:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder; choose another name")
     if not (folder / "run.json").is_file():  # the last of the two that are written here
-        if folder.is_dir() and any(path.name != "config.yaml" for path in folder.iterdir()):
+        ours = ("config.yaml", ".run.json.")  # a call that was killed right here leaves these
+        if folder.is_dir() and not all(path.name.startswith(ours) for path in folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and no run folder; choose a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".run.json.*"):
+            path.unlink()
         config.save(folder / "config.yaml")
         path = None if data.path is None else str(Path(data.path).resolve())
         source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
-        write_json(folder / "run.json", {"data": source, "versions": versions()})
+        write_json(folder / "run.json", {"data": source, "versions": versions(), "device": device()})
         return Run(folder, data)
 
     run = Run(folder, data)
@@ -278,6 +283,20 @@ def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
         "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
     }
     return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.features else metrics
+
+
+@contextmanager
+def _costs_recorded(run: Run) -> Iterator[None]:
+    """Adds the time spent to that of earlier calls in `run.json`, whatever ends it, and keeps the most memory used."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        facts = Run(run.folder).facts
+        peaks = [peak for peak in (facts.get("peak_memory_mb"), _peak_memory_mb()) if peak is not None]
+        seconds = facts.get("seconds", 0) + time.perf_counter() - started
+        costs = {"seconds": round(seconds, 1), "peak_memory_mb": max(peaks, default=None)}
+        write_json(run.folder / "run.json", {**facts, **costs})
 
 
 def _peak_memory_mb() -> int | None:

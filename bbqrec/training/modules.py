@@ -62,11 +62,14 @@ class TokenizerModule(EpochSeeded):
         optimizer.zero_grad()
         self.manual_backward(total)
         optimizer.step()
+        self._revive_codewords()
         self.log_epoch({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch)
         self.log_epoch({"train/loss": total.detach()}, batch, prog_bar=True)
 
-    def on_train_epoch_end(self) -> None:
-        if self.config.revive_after:
+    def _revive_codewords(self) -> None:
+        """Every `revive_after` steps, so that what moved is trained before codes are taken."""
+        self.tokenizer.steps += 1
+        if self.config.revive_after and self.tokenizer.steps % self.config.revive_after == 0:
             moved = self.tokenizer.revive_codewords()
             if self.config.ema_decay is None:
                 self._forget_moments(moved)
@@ -117,6 +120,11 @@ class SequenceModule(EpochSeeded):
         return loss
 
     def on_train_epoch_end(self) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(
+                f"training: diverged in epoch {self.current_epoch + 1}, weights are not finite; "
+                "lower training.learning_rate and choose another folder"
+            )
         self.model.eval()
         metrics = evaluate(self.model, self.validation, self.n_items, max_length=self.config.model.max_length)
         self.model.train()

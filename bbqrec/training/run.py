@@ -1,7 +1,7 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
 config.yaml            every option of the run
-run.json               data set (name, path, fingerprint), versions, seconds, peak memory
+run.json               data set (name, path, fingerprint), versions, device, seconds and peak memory of all calls
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
 tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
@@ -15,9 +15,8 @@ checkpoints/           to resume from
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
+from bbqrec.data.files import atomically
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
@@ -182,7 +182,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
@@ -211,17 +211,11 @@ def damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write` with a temporary name beside `path` and moves the result there: no reader sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def device() -> str:
+    """What training runs on."""
+    if torch.cuda.is_available():
+        return f"cuda {torch.cuda.get_device_name()}"
+    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

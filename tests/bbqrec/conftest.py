@@ -54,8 +54,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="session")
 def timed_data(tiny_data: Dataset) -> Dataset:
-    """The same with timestamps: an hour between one interaction and the next."""
-    times = 3600 * np.arange(len(tiny_data.histories.items))
+    """The same with timestamps: minutes to months between one interaction and the next."""
+    gaps = np.exp(np.random.default_rng(0).uniform(4, 17, len(tiny_data.histories.items)))
+    times = gaps.astype(np.int64).cumsum()
     return replace(tiny_data, histories=replace(tiny_data.histories, timestamps=times))
 
 

@@ -38,6 +38,8 @@ def test_a_file_gives_only_what_differs(tmp_path):
         ("model_name.x=1", "'model_name' is an option, not a section"),
         ("model=5", "'model': got 5"),
         ("model.dim=[", "model.dim"),
+        ("training.learning_rate=1.0e+38", "'training.learning_rate': got 1e+38, input should be less than or equal to 1"),
+        ("training.weight_decay=.inf", "'training.weight_decay': got inf"),
     ],
 )
 def test_what_does_not_fit_is_named(assignment, message):
@@ -138,16 +140,31 @@ def test_a_file_of_all_options_gives_them_all(tmp_path):
         ("bbqrec", "model.beam=20", 50),
         ("sasrec", "model.beam=20", 50),
         ("sasrec", "model.reweighting=false", True),
+        ("sasrec", "model.output_scale=3.5", 15.0),
+        ("bbqrec", "model.output_scale=3.5", 15.0),
         ("tiger", "model.relative_time=true", False),
     ],
 )
 def test_what_a_model_does_not_read_is_refused(model, option, default):
     key, value = option.split("=")
-    message = f"{key}: got {yaml.safe_load(value)}, but model '{model}' does not read it; leave it out, or at {default}"
+    given = f"{key}={yaml.safe_load(value)} (default {default})"
+    message = f"options: {given} would do nothing with model '{model}'; leave them out"
     with pytest.raises(ValueError) as error:
         Config().override([option, f"model_name={model}"]).check_read()
     assert str(error.value) == message
     Config().override({key: default, "model_name": model}).check_read()
+
+
+def test_all_options_that_would_do_nothing_are_named():
+    with pytest.raises(
+        ValueError, match=r"model\.content=True .*, model\.cosine_output=True .* do nothing with model 't"
+    ):
+        Config().override(["model_name=tiger", "model.content=true", "model.cosine_output=true"]).check_read()
+
+
+def test_a_modality_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"tokenizer\.modalities: got \['text', 'text'\], expected each name once"):
+        Config().override(["tokenizer.modalities=[text, text]"]).check_read()
 
 
 def test_what_a_model_reads_is_not_refused():

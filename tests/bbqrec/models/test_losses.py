@@ -16,7 +16,8 @@ def tensors(tokens, items, dim=8, scale=1.0):
 @pytest.mark.parametrize(("tokens", "items", "chunk"), [(1, 1, 1), (7, 5, 1), (7, 5, 10), (7, 5, 15), (64, 33, 2**19)])
 @pytest.mark.parametrize("scale", [0.1, 1, 30])
 def test_equals_the_cross_entropy_of_all_logits(tokens, items, chunk, scale, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(losses, "CHUNK_SCORES", {"cpu": chunk})
+    monkeypatch.setattr(losses, "MIN_ROWS", 1)
     hidden, vectors, targets = tensors(tokens, items, scale=scale)
     ours = [t.clone().requires_grad_() for t in (hidden, vectors)]
     exact = [t.double().requires_grad_() for t in (hidden, vectors)]
@@ -46,3 +47,13 @@ def test_nan_stays_nan():
     hidden, vectors, targets = tensors(7, 5)
     hidden[3, 2] = torch.nan
     assert catalogue_cross_entropy(hidden, vectors, targets).isnan()
+
+
+def test_float32_under_autocast():
+    hidden, vectors, targets = tensors(7, 5)
+    expected = catalogue_cross_entropy(hidden, vectors, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(catalogue_cross_entropy(hidden, vectors, targets), expected)
+        hidden = hidden.bfloat16().requires_grad_()
+        catalogue_cross_entropy(hidden, vectors, targets).backward()
+    assert hidden.grad.dtype == torch.bfloat16

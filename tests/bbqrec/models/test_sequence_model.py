@@ -161,11 +161,15 @@ def test_item_vectors_are_content_and_id():
 
 def test_attention_channels():
     def channels(modalities, **options):
-        return attention_channels(modalities, ModelConfig(**options))
+        return attention_channels(modalities, ModelConfig(**options), is_shared=True)
 
     assert channels(2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert channels(2, cross_modal=False) == [(0, 0), (1, 1)]
     assert channels(3) == [(0, 0), (1, 1), (2, 2)]  # nine do not fit the operator
+    assert attention_channels(2, ModelConfig(), is_shared=False) == [(0, 0), (1, 1)]
+    apart = semantic_ids()
+    apart = replace(apart, codebooks=apart.codebooks.repeat(2, 1, 1, 1))
+    assert model(apart).channels == [(0, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(

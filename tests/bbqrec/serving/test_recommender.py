@@ -120,8 +120,9 @@ def test_a_model_that_reads_times_wants_one_for_each_item(timed_data, tiny_confi
     assert timed.recommend(histories, timestamps=soon) != timed.recommend(histories, timestamps=late)
     with pytest.raises(ValueError, match="timestamps: got None, expected one for each item"):
         timed.recommend(histories)
-    with pytest.raises(ValueError, match="timestamps: got other numbers of them than of items"):
-        timed.recommend(histories, timestamps=[[1], [1], [1]])
+    for wrong in ([[1], [1], [1]], [[1.5, 2, 3]], [["1", "2", "3"]], [[3, 2, 1]], [5], [], [[1, 2, 2**63]]):
+        with pytest.raises(ValueError, match=r"timestamps: got .* expected [123] whole numbers, oldest first"):
+            timed.recommend(histories, timestamps=wrong)
     with pytest.raises(ValueError, match="timestamps: got some, expected None, as this model reads no times"):
         model.recommend(histories, timestamps=soon)
 

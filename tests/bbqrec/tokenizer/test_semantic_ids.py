@@ -67,3 +67,13 @@ def test_decode_sums_the_codewords(sources):
         torch.testing.assert_close(decoded[item], expected)
     decoded.sum().backward()
     assert codebooks.grad[0, 0, 0].tolist() == [4.0 if sources == 1 else 2.0] * 5
+
+
+def test_codebooks_of_their_own_are_counted_apart():
+    codes = torch.tensor([[[0], [1]]] * 4)  # text uses one codeword, image another one of its own
+    ids = SemanticIDs(("text", "image"), codes, torch.zeros(2, 1, 2, 5))
+    assert ids.usage() == {"usage": [0.5], "perplexity": [pytest.approx(1)]}
+    assert SemanticIDs(("text", "image"), codes, torch.zeros(1, 1, 2, 5)).usage()["usage"] == [1]
+    same = torch.zeros(4, 2, 1, dtype=torch.int64)
+    assert SemanticIDs(("text", "image"), same, torch.zeros(2, 1, 2, 5)).agreement() is None
+    assert SemanticIDs(("text", "image"), same, torch.zeros(1, 1, 2, 5)).agreement() == 1

@@ -281,3 +281,13 @@ def test_standardize_keeps_constant_dimensions_at_zero(constant):
     made, _ = standardize(Features(values, np.ones(N_ITEMS, bool)))
     assert (made[:, 0] == 0).all()
     assert made[:, 1].square().mean().item() == pytest.approx(2, rel=1e-5)
+
+
+def test_divergence_is_not_taken_for_missing_modalities():
+    model = tokenizer(absent=[3, 9])
+    model.semantic_ids()
+    model.encoders[IMAGE][0].weight.data[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"vectors of modality 'image' are not finite, .* lower tokenizer\.learning_rate"
+    ):
+        model.semantic_ids()

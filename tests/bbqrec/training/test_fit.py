@@ -5,6 +5,9 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +22,7 @@ from bbqrec.data.dataset import Histories
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.tiger import Tiger
+from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -199,9 +203,9 @@ def test_options_change_the_result(option, model, tiny_data, tiny_config, tmp_pa
         (["tokenizer.dim=15"], r"tokenizer\.dim: got 15, expected a multiple of 2"),
         (["model.item_id=false", "model.content=false"], r"model\.item_id: got false"),
         (["model_name=sasrec", "model.item_id=false"], r"model\.item_id: got false"),
-        (["model_name=tiger", "model.reweighting=true"], r"model\.reweighting: got True, but model 'tiger' does not"),
+        (["model_name=tiger", "model.reweighting=true"], r"model\.reweighting=True .* do nothing with model 'tiger'"),
         (["model_name=tiger", "model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
-        (["model.beam=9"], r"model\.beam: got 9, but model 'bbqrec' does not read it; leave it out, or at 50"),
+        (["model.beam=9"], r"model\.beam=9 \(default 50\) would do nothing with model 'bbqrec'"),
     ],
 )
 def test_options_that_do_not_fit_take_no_folder(options, message, tiny_data, tiny_config, tmp_path):
@@ -312,6 +316,102 @@ def test_an_interrupted_tiger_ends_where_an_undisturbed_one_ends(
     resumed = fit(tiny_data, tmp_path / "run", config=tiger_run.config, progress=False)
     assert resumed.metrics == tiger_run.metrics
     assert same_weights(resumed, tiger_run)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_revived_codewords_survive_an_interruption_in_the_middle_of_an_epoch(
+    ema_decay, tiny_data, tiny_config, tmp_path, monkeypatch
+):
+    options = {"codebook_size": 64, "revive_after": 4, "epochs": 4, "ema_decay": ema_decay}
+    config = tiny_config.override({f"tokenizer.{key}": value for key, value in options.items()})
+    revived = []
+    revive = Tokenizer.revive_codewords
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "revive_codewords", lambda self: revived.append(revive(self)) or revived[-1])
+        undisturbed = tokenize(tiny_data, tmp_path / "undisturbed", config=config, progress=False)
+    assert sum(int(moved.sum()) for [moved] in revived) > 0
+
+    step = TokenizerModule.training_step
+
+    def stop_in_epoch_2(self, batch, index):
+        if self.current_epoch == 2 and index == 1:
+            throw()
+        step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerModule, "training_step", stop_in_epoch_2)
+        with pytest.raises(Stop):
+            tokenize(tiny_data, tmp_path / "run", config=config, progress=False)
+    spent = Run(tmp_path / "run").facts["seconds"]
+    torch.manual_seed(12345)
+    resumed = tokenize(tiny_data, tmp_path / "run", config=config, progress=False)
+    left, right = (load_file(run.folder / "tokenizer.safetensors") for run in (resumed, undisturbed))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert resumed.facts["seconds"] > spent > 0
+
+
+def test_a_killed_process_leaves_a_run_that_ends_where_an_undisturbed_one_ends(
+    sasrec_run, tiny_data, tiny_config, tmp_path
+):
+    tiny_config.override({"model_name": "sasrec"}).save(tmp_path / "options.yaml")
+    arguments = ["fit", "--data", str(tiny_data.path), "--out", "run", "--config", "options.yaml"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from bbqrec.cli.main import app; app()", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "sequence_model" / "last.ckpt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    config = tiny_config.override({"model_name": "sasrec"})
+    resumed = fit(tiny_data, tmp_path / "run", config=config, progress=False)
+    assert resumed.metrics == sasrec_run.metrics
+    assert same_weights(resumed, sasrec_run)
+
+
+def test_what_a_call_killed_at_its_start_leaves_is_no_obstacle(tiny_data, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.json.abc").write_text("{")
+    (folder / "config.yaml").write_text("half: a")
+    config = tiny_config.override({"tokenizer.epochs": 1})
+    run = tokenize(tiny_data, folder, config=config, progress=False)
+    assert run.config == config
+    assert not list(folder.glob(".run.json.*"))
+
+
+def test_seconds_are_of_all_calls(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    first = tokenize(tiny_data, tmp_path / "run", config=config, progress=False).facts["seconds"]
+    assert first > 0
+    run = fit(tiny_data, tmp_path / "run", config=config, progress=False)
+    assert run.facts["seconds"] > first
+    files = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    tokenize(tiny_data, run.folder, config=config, progress=False)  # finished: nothing to do
+    assert files == {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+
+
+def test_divergence_is_named(tiny_data, tiny_config, tmp_path, monkeypatch):
+    step = SequenceModule.training_step
+
+    def diverge(self, batch, index):
+        self.model.item_id.data[3] = torch.nan
+        return step(self, batch, index)
+
+    monkeypatch.setattr(SequenceModule, "training_step", diverge)
+    with pytest.raises(ValueError, match=r"training: diverged in epoch 1, .* lower training\.learning_rate"):
+        fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+
+
+def test_codebooks_of_their_own_are_not_compared(tiny_data, tiny_config, tmp_path, capsys):
+    options = {"tokenizer.shared_codebooks": False, "tokenizer.epochs": 1, "training.epochs": 1}
+    run = fit(tiny_data, tmp_path / "run", config=tiny_config.override(options))
+    assert "model.cross_modal: no, modalities with codebooks of their own" in capsys.readouterr().err
+    assert run.model.channels == [(0, 0), (1, 1)]
+    assert run.metrics["tokenizer"]["agreement"] is None
 
 
 def test_resuming_after_the_last_epoch_trains_no_more(bbqrec_run, tiny_data, tiny_config, tmp_path):

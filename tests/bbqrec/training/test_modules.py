@@ -59,3 +59,27 @@ def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeyp
     fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
     assert epochs[-1] > 0
     assert sorted(set(epochs)) == list(range(epochs[-1] + 1))
+
+
+def test_moved_codewords_start_without_moments(tiny_data, tiny_config):
+    config = tiny_config.override({"tokenizer.ema_decay": None, "tokenizer.revive_after": 2})
+    tokenizer = Tokenizer(tiny_data.features, tiny_data.n_items, config.tokenizer, max_length=12)
+    module = TokenizerModule(tokenizer, config, TrainingBatches(tiny_data.histories, 12, 256, seed=0))
+    optimizers = module.configure_optimizers()
+    module._optimizers = lambda: [type("Wrapped", (), {"optimizer": optimizer}) for optimizer in optimizers]
+    [quantizer] = tokenizer.quantizers
+    quantizer.codebooks.sum().backward()
+    optimizers[0].step()
+    quantizer.steps_unused[1, 3] = 2
+    tokenizer.steps.fill_(1)
+    module._revive_codewords()
+    state = optimizers[0].state[quantizer.codebooks]
+    for name in ("exp_avg", "exp_avg_sq"):
+        untouched = torch.ones(3, 8, dtype=torch.bool)
+        untouched[1, 3] = False
+        assert (state[name][1, 3] == 0).all()
+        assert (state[name][untouched] != 0).all()
+    quantizer.steps_unused[1, 3] = 2
+    before = quantizer.codebooks.clone()
+    module._revive_codewords()  # the third step: not its turn
+    assert torch.equal(quantizer.codebooks, before)

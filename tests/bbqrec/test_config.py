@@ -38,7 +38,7 @@ def test_a_file_gives_only_what_differs(tmp_path):
         ("model_name.x=1", "'model_name' is an option, not a section"),
         ("model=5", "'model': got 5"),
         ("model.dim=[", "model.dim"),
-        ("training.learning_rate=1.0e+38", "'training.learning_rate': got 1e+38, input should be less than or equal to 1"),
+        ("training.learning_rate=1.0e+38", "got 1e+38, input should be less than or equal to 1"),
         ("training.weight_decay=.inf", "'training.weight_decay': got inf"),
     ],
 )

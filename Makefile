@@ -3,6 +3,9 @@
 #   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
 #   check    what is slower: other compilers and architectures, packaging, sanitizers
 #   build    the compiled library, in the source tree                     clean   remove what was built
+#   bench    time the operators against their peers; ARGS="rq --quick" is handed to python -m benchmarks
+#   gpu-test, gpu-bench   the operators' tests and benchmarks with the torch of PYTHON, on a machine with an NVIDIA GPU:
+#            nothing is downloaded; `make gpu-test PYTHON=python` takes that of the active environment
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 ARGS ?=
@@ -27,7 +30,7 @@ CLANG := $(VENV)/.clang
 BUILT := bbqrec_kernels/_build.json
 OLD_TRITON := build/triton-3.6.0
 
-.PHONY: demo test check build lint format clean
+.PHONY: demo test check build lint format clean bench gpu-test gpu-bench gpu-build
 
 demo: build
 	$(BIN)/bbqrec demo $(ARGS)
@@ -39,6 +42,20 @@ check: build $(CLANG) $(OLD_TRITON)
 	$(BIN)/python tools/check.py $(ARGS)
 
 build: $(BUILT)
+
+bench: build
+	@$(INSTALL) -e ".[bench]"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Libraries that cannot be built there are named and left out: the Triton kernels need none.
+gpu-build:
+	BBQ_REQUIRE_CPU=0 $(PYTHON) setup.py -q build_libraries --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest tests/bbqrec_kernels $(ARGS)
+
+gpu-bench: gpu-build
+	$(PYTHON) -m benchmarks --device cuda $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

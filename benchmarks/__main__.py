@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="tiny cases, nothing that compiles first, no CSV by default"
     )
+    parser.add_argument("--skip", metavar="PROVIDER", nargs="+", default=[], help="providers to leave out, by name")
     parser.add_argument("--base", metavar="REF", help="a git commit to build in a temporary worktree and time as well")
     parser.add_argument(
         "--csv", type=Path, help="where the rows go (default: results/GROUP_DEVICE.csv beside this file)"
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         for group in options.groups or GROUPS:
-            settings = Options(device, options.seconds, options.quick, directions, base)
+            settings = Options(device, options.seconds, options.quick, directions, base, frozenset(options.skip))
             rows, fine = run(operators([group]), settings, lambda line: print(line, flush=True))
             passed = passed and fine
             path = options.csv or (None if options.quick else RESULTS / f"{group}_{slug(machine.describe(device))}.csv")

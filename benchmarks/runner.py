@@ -49,6 +49,7 @@ class Options:
     quick: bool
     directions: Sequence[str] = DIRECTIONS
     base: Base | None = None
+    skip: frozenset[str] = frozenset()  # names of providers
 
 
 def run(operators: Sequence[Operator], options: Options, say: Callable[[str], None]) -> tuple[list[Row], bool]:
@@ -90,6 +91,8 @@ def run_case(
     calls: dict[str, Call] = {}
     for provider in operator.providers:
         try:
+            if provider.name in options.skip:
+                raise Unavailable("--skip names it")
             if backward and not provider.backward:
                 raise Unavailable("it has no backward")
             if options.quick and provider.slow_start:

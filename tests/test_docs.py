@@ -81,8 +81,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pages
 def test_names_exist(page: Path) -> None:
     text = page.read_text()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
     assert set(OPTION.findall(text)) <= set(names_of_options())
     for path in re.findall(r"`((?:bbqrec|bbqrec_kernels|csrc|docs|tests|tools|benchmarks)/[\w./]*)`", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"

@@ -79,7 +79,7 @@ def _compile(command: dict[str, str], folder: Path) -> Cubin:
         if option in arguments:
             at = arguments.index(option)
             del arguments[at : at + 2]
-    output = _run([*arguments, "-cubin", f"-arch={architecture}", "-o", path], cwd=folder)
+    output = _run([*arguments, "-Xptxas=-v", "-cubin", f"-arch={architecture}", "-o", path], cwd=folder)
     return Cubin(source, path, _parse(output))
 
 

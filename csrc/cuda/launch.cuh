@@ -97,9 +97,12 @@ class CudaQueue {
     }
     const auto kernel = &entry<Kernel>;
     if (shared_bytes > 48 * 1024) {  // more has to be asked for
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                 "asking for shared memory");
+      const auto set = [kernel](cudaFuncAttribute attribute, int value) {
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value),
+                   "asking for shared memory");
+      };
+      set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);  // for several blocks
     }
     kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)), threads, shared_bytes, stream_>>>(
         params);

@@ -280,10 +280,10 @@ BBQ_DEVICE int64_t search_by_distance(int64_t width, int64_t size, const Residua
 }
 
 // Adds up the squares of a warp's 32 rows, one in each lane, NaN if a row is bad.
-BBQ_DEVICE void store_loss(Global<double> target, float square, bool bad) {
+BBQ_DEVICE double sum_of_squares(float square, bool bad) {
   double sum = bad ? double(gpu::quiet_nan()) : double(square);
   for (int mask = gpu::kLanes / 2; mask > 0; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
-  if (gpu::lane_index() == 0) target[0] = sum;
+  return sum;
 }
 
 // Codes, quantized rows and squared rests of rows up to kWidth wide. A warp owns 32 rows: their residuals stay in
@@ -313,7 +313,7 @@ struct Encode {
     Global<const Level> levels;
     OutputRows quantized;
     Global<int64_t> codes;
-    Global<double> losses;  // (warps of the grid, L)
+    Global<double> losses;  // (blocks, L)
     RowShape shape;
     int64_t padded_size;
     int tiles;       // of one level
@@ -322,7 +322,7 @@ struct Encode {
 
   // Byte offsets in shared memory, for blocks of `threads` threads.
   struct Plan {
-    int residuals, tiles, squares, peaks, bands, bad, found, candidates, codes, bytes;
+    int residuals, tiles, squares, peaks, bands, bad, found, candidates, losses, codes, bytes;
     BBQ_HOST_DEVICE Plan(int threads, int levels) {
       residuals = 0;
       tiles = residuals + threads * kRowStride * 4;
@@ -332,7 +332,8 @@ struct Encode {
       bad = bands + threads * 4;
       found = bad + threads * 4;
       candidates = found + threads * 4;
-      codes = candidates + threads * kClasses * 2;
+      losses = candidates + threads * kClasses * 2;
+      codes = losses + threads / gpu::kLanes * levels * 8;
       bytes = codes + threads * levels * 4;
     }
   };
@@ -641,6 +642,7 @@ struct Encode {
                     gpu::shared_at<int>(plan.found) + warp_row,
                     gpu::shared_at<int>(plan.codes) + warp_row * p.shape.levels,
                     gpu::shared_at<uint16_t>(plan.candidates) + warp_row * kClasses};
+    const Shared<double> losses = gpu::shared_at<double>(plan.losses);
     for (int tile = 0; tile < kStages - 1; ++tile) copy_tile(p, tile);
     bool finite = true;
     for (int l = 0; l < p.shape.levels; ++l) finite = finite && Level(p.levels[l]).finite;
@@ -674,11 +676,18 @@ struct Encode {
       update(p, rows, level);
       gpu::sync_warp();
       const bool counts = first + lane < p.shape.rows;
-      store_loss(p.losses + (first / gpu::kLanes) * p.shape.levels + level, counts ? rows.squares[lane] : 0.0f,
-                 counts && rows.bad[lane]);
+      const double sum = sum_of_squares(counts ? float(rows.squares[lane]) : 0.0f, counts && rows.bad[lane]);
+      if (lane == 0) losses[gpu::warp_index() * p.shape.levels + level] = sum;
     }
     gpu::async_wait<0>();
     store_rows(p, rows, first);
+    gpu::sync_threads();
+    for (int level = gpu::thread_index(); level < p.shape.levels; level += gpu::block_threads()) {
+      double sum = 0;
+      for (int warp = 0; warp < gpu::block_threads() / gpu::kLanes; ++warp)
+        sum += losses[warp * p.shape.levels + level];
+      p.losses[gpu::block_index() * p.shape.levels + level] = sum;
+    }
   }
 };
 
@@ -1249,13 +1258,13 @@ int64_t run_encode(Queue& queue, const EncodeArguments& a, Global<const float> h
   while (threads > gpu::kLanes && typename Kernel::Plan(threads, s.levels).bytes > queue.machine().shared_per_block) {
     threads -= gpu::kLanes;
   }
-  const int64_t blocks = divide_up(s.rows, threads), warps = blocks * threads / gpu::kLanes;
-  losses = queue.template scratch<double>(warps * s.levels);
+  const int64_t blocks = divide_up(s.rows, threads);
+  losses = queue.template scratch<double>(blocks * s.levels);
   queue.template run<Kernel>(
       blocks, 1, threads, typename Kernel::Plan(threads, s.levels).bytes,
       {a.x, wide, half, half_squares, scaled, levels, a.quantized, a.codes, losses, s, padded_size,
        static_cast<int>(padded_size / Kernel::kTile), bits_of(divide_up(padded_size, Kernel::kClasses) - 1)});
-  return warps;
+  return blocks;
 }
 
 template <class Queue>

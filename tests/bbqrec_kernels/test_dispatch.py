@@ -64,7 +64,7 @@ def test_triton_runs_on_a_gpu_where_it_has_kernels_and_elsewhere_by_name_only(mo
     with FakeTensorMode():
         on_gpu = torch.empty(2, device="cuda")
     assert _dispatch.choose("residual_quantize", "auto", on_gpu) == "triton"
-    with pytest.raises(ValueError, match="'triton': the tensors are on cpu, and Triton's interpreter .* is off"):
+    with pytest.raises(ValueError, match=r"'triton': the tensors are on cpu, and Triton's interpreter .* is off"):
         _dispatch.choose("residual_quantize", "triton", torch.empty(2))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _dispatch.choose("residual_quantize", "triton", torch.empty(2)) == "triton"

@@ -153,6 +153,19 @@ def test_operator_called_directly_reads_nothing_out_of_bounds(kernel: str) -> No
             operator(*arguments)
 
 
+def test_sums_of_a_codeword_that_most_rows_chose(impl: str) -> None:
+    """More rows than one program or chunk takes; integers add up exactly in any order."""
+    x, codes = torch.randint(-8, 9, (1400, 3)).float(), (torch.arange(1400)[:, None] % 50 == 0).long()
+    codebooks = torch.randn(1, 3, 3, requires_grad=True)
+    counts, sums = residual_statistics(x, codes, codebooks, impl=impl)
+    chosen = codes[:, 0] == 1
+    expected = torch.stack([x[~chosen].sum(0), x[chosen].sum(0), torch.zeros(3)])
+    assert counts.tolist() == [[1372, 28, 0]]
+    assert torch.equal(sums[0], expected)
+    grad = torch.autograd.grad(residual_decode(codes, codebooks, impl=impl), codebooks, x)[0]
+    assert torch.equal(grad[0], expected)
+
+
 def test_counts_do_not_stop_where_float32_stops_counting() -> None:
     rows = 2**24 + 5  # float32 adds no 1 to 2^24
     x, codes = torch.zeros(rows, 1, dtype=torch.float16), torch.zeros(rows, 1, dtype=torch.int64)

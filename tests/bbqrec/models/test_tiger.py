@@ -54,7 +54,8 @@ def decoded_token_by_token(ranker, history, item):
         for k in range(depth):
             inputs[k + 1] += ranker.vocabulary[ranker.offsets[k] + tokens[k]]
         hidden = ranker._decode(inputs[None, None], memory)[0][0, 0, -1]
-        table = ranker.vocabulary[ranker.offsets[depth] : ranker.offsets[depth + 1]]
+        start = sum(ranker.tree.sizes[:depth])
+        table = ranker.vocabulary[start : start + ranker.tree.sizes[depth]]
         total = total + (table @ hidden).log_softmax(0)[token]
     return total
 

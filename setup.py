@@ -1,8 +1,8 @@
 """Builds what the machine allows; metadata is in pyproject.toml, how to compile is in CMakeLists.txt.
 
 Environment: BBQ_REQUIRE_CPU=1 makes a missing CPU library an error, BBQ_CUDA=0|1 forbids or demands the CUDA
-library, BBQ_TORCH_DIR names the folder of torch, BBQ_SANITIZE and BBQ_WERROR are handed to CMake; CXX and CXXFLAGS
-mean what they always mean.
+library (by default it is built where nvcc and a CUDA build of torch are), BBQ_TORCH_DIR names the folder of torch,
+BBQ_SANITIZE, BBQ_WERROR and BBQ_CUDA_ARCHITECTURES are handed to CMake; CXX and CXXFLAGS mean what they always mean.
 
 `python setup.py build_libraries --inplace` compiles into the source tree, only what changed.
 """
@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -116,26 +117,42 @@ def first_error(output: str) -> str:
     return (errors or lines or ["no output"])[0].replace(f"{ROOT}{os.sep}", "")
 
 
-def build_cpu(build_folder: Path, target: Path) -> dict[str, object]:
-    """Compiles the CPU library to `target` and returns its entry in _build.json."""
+def build_library(name: str, build_folder: Path, target: Path, options: dict[str, object]) -> dict[str, object]:
+    """Compiles one library to `target` and returns its entry in _build.json."""
     torch_folder, version = find_torch()
     check_compiler()
     cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
-    options = {"BBQ_TORCH_DIR": torch_folder, "CMAKE_MAKE_PROGRAM": ninja}
-    options |= {name: os.environ.get(name, "") for name in ("BBQ_SANITIZE", "BBQ_WERROR")}
-    defines = [f"-D{name}={value}" for name, value in options.items()]
+    options = {"BBQ_TORCH_DIR": torch_folder, "CMAKE_MAKE_PROGRAM": ninja, **options}
+    options |= {key: os.environ.get(key, "") for key in ("BBQ_SANITIZE", "BBQ_WERROR")}
+    defines = [f"-D{key}={value}" for key, value in options.items()]
     run([cmake, "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja", *defines], "CMake cannot configure")
-    run([cmake, "--build", str(build_folder), "--", "--quiet"], "compiling failed")
-    replace(target, (build_folder / "_C.so").read_bytes())
-    details = dict(line.split("=", 1) for line in (build_folder / "_C.txt").read_text().splitlines())
-    flags = " ".join(details["flags"].split())
-    return {"built": True, "torch": version, "compiler": details["compiler"], "flags": flags}
+    run([cmake, "--build", str(build_folder), "--target", name, "--", "--quiet"], "compiling failed")
+    replace(target, (build_folder / f"{name}.so").read_bytes())
+    details = dict(line.split("=", 1) for line in (build_folder / f"{name}.txt").read_text().splitlines())
+    return {"built": True, "torch": version, **{key: " ".join(value.split()) for key, value in details.items()}}
 
 
-def build_cuda() -> dict[str, object]:
-    if os.environ.get("BBQ_CUDA") == "1":
-        raise NotBuilt("this version has no CUDA sources")
-    return {"built": False, "reason": "this version has no CUDA sources"}
+def build_cpu(build_folder: Path, target: Path) -> dict[str, object]:
+    return build_library("_C", build_folder, target, {})
+
+
+def build_cuda(build_folder: Path, target: Path) -> dict[str, object]:
+    wish = os.environ.get("BBQ_CUDA", "")
+    if wish == "0":
+        raise NotBuilt("BBQ_CUDA=0")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        raise NotBuilt("nvcc was not found")
+    if wish != "1" and not torch_has_cuda(find_torch()[0]):
+        raise NotBuilt("torch is a build without CUDA; BBQ_CUDA=1 builds the library all the same")
+    options: dict[str, object] = {"BBQ_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}
+    if architectures := os.environ.get("BBQ_CUDA_ARCHITECTURES"):
+        options["BBQ_CUDA_ARCHITECTURES"] = architectures
+    return build_library("_C_cuda", build_folder, target, options)
+
+
+def torch_has_cuda(folder: Path) -> bool:
+    return bool(re.search(r"^cuda.*= ['\"]", (folder / "version.py").read_text(), re.MULTILINE))
 
 
 def replace(target: Path, content: bytes) -> None:
@@ -166,28 +183,18 @@ class BuildLibraries(Command):
     def run(self) -> None:
         if self.inplace or self.editable_mode:
             # CMake keeps the compiler and the flags that it first saw: others get another folder.
-            seen = repr([os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE")])
-            self.build_into(ROOT / PACKAGE, ROOT / "build" / f"cpu-{zlib.crc32(seen.encode()):08x}")
+            names = ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE", "CUDACXX")
+            seen = zlib.crc32(repr([os.environ.get(name) for name in names]).encode())
+            self.build_into(ROOT / PACKAGE, ROOT / "build", f"-{seen:08x}")
         else:
             with tempfile.TemporaryDirectory() as build_folder:
-                self.build_into(Path(self.build_lib) / PACKAGE, Path(build_folder))
+                self.build_into(Path(self.build_lib) / PACKAGE, Path(build_folder), "")
 
-    def build_into(self, package: Path, build_folder: Path) -> None:
-        library = package / "_C.so"
-        try:
-            cpu = build_cpu(build_folder, library)
-        except NotBuilt as failure:
-            library.unlink(missing_ok=True)
-            if failure.output:
-                print(failure.output)
-            if os.environ.get("BBQ_REQUIRE_CPU") == "1":
-                raise SystemExit(f"BBQ_REQUIRE_CPU=1, but the CPU library was not built: {failure}") from None
-            cpu = {"built": False, "reason": str(failure)}
-        try:
-            cuda = build_cuda()
-        except NotBuilt as failure:
-            raise SystemExit(f"BBQ_CUDA=1, but the CUDA library was not built: {failure}") from None
-        summary = {"cpu": cpu, "cuda": cuda}
+    def build_into(self, package: Path, build_folder: Path, suffix: str) -> None:
+        summary = {
+            "cpu": self.build_one(build_cpu, build_folder / f"cpu{suffix}", package / "_C.so", "BBQ_REQUIRE_CPU"),
+            "cuda": self.build_one(build_cuda, build_folder / f"cuda{suffix}", package / "_C_cuda.so", "BBQ_CUDA"),
+        }
         replace(package / "_build.json", (json.dumps(summary, indent=2) + "\n").encode())
         self.built = [name for name, library in summary.items() if library["built"]]
         parts = [
@@ -197,11 +204,25 @@ class BuildLibraries(Command):
         ]
         print(f"bbqrec: {'; '.join(parts)}{'' if self.built else '; this is a pure-Python package'}")
 
+    @staticmethod
+    def build_one(builder: Callable, build_folder: Path, library: Path, demand: str) -> dict[str, object]:
+        """The entry of a library in _build.json; an error where the environment variable `demand` is 1."""
+        try:
+            return builder(build_folder, library)
+        except NotBuilt as failure:
+            library.unlink(missing_ok=True)
+            if failure.output:
+                print(failure.output)
+            if os.environ.get(demand) == "1":
+                title = {"_C": "CPU", "_C_cuda": "CUDA"}[library.stem]
+                raise SystemExit(f"{demand}=1, but the {title} library was not built: {failure}") from None
+            return {"built": False, "reason": str(failure)}
+
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in names them
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / PACKAGE / name) for name in ("_C.so", "_build.json")]
+        return [str(Path(self.build_lib) / PACKAGE / name) for name in ("_C.so", "_C_cuda.so", "_build.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

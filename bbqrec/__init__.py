@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from bbqrec.config import Config
     from bbqrec.data.dataset import Dataset
     from bbqrec.serving.recommender import BBQRec
-    from bbqrec.training.fit import fit
+    from bbqrec.training.fit import fit, tokenize
     from bbqrec.training.run import Run
     from bbqrec_kernels._version import __version__
 
-__all__ = ["BBQRec", "Config", "Dataset", "Run", "__version__", "fit"]
+__all__ = ["BBQRec", "Config", "Dataset", "Run", "__version__", "fit", "tokenize"]
 
 _HOMES = {
     "BBQRec": "bbqrec.serving.recommender",
@@ -28,6 +28,7 @@ _HOMES = {
     "Run": "bbqrec.training.run",
     "__version__": "bbqrec_kernels._version",
     "fit": "bbqrec.training.fit",
+    "tokenize": "bbqrec.training.fit",
 }
 
 

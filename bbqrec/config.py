@@ -27,10 +27,17 @@ class TokenizerConfig(Section):
         None, min_length=1, description="feature sets to use; null takes all that the data has"
     )
     levels: int = Field(4, ge=1, le=16, description="codes per semantic ID, L")
-    codebook_size: int = Field(64, ge=1, description="codewords per level, K")
+    codebook_size: int = Field(256, ge=1, description="codewords per level, K")
     dim: int = Field(64, ge=1, description="width of the codewords, d")
     hidden: int = Field(256, ge=1, description="hidden width of encoders and decoders")
     shared_codebooks: bool = Field(True, description="one codebook for all modalities and behaviour, or one each")
+    ema_decay: float | None = Field(
+        0.9, ge=0, lt=1, description="codebooks are moving averages that keep this much a step; null: by gradient"
+    )
+    kmeans_iterations: int = Field(10, ge=0, description="of the residual k-means that codebooks start from")
+    revive_after: int = Field(
+        50, ge=0, description="steps without use after which a codeword moves to where items fit badly; 0: never"
+    )
     disentangle: bool = Field(True, description="give the decoder a modality-specific part beside the quantized one")
     commitment_weight: float = Field(0.25, ge=0, description="beta of the quantization loss")
     reconstruction_weight: float = Field(1.0, ge=0)
@@ -40,6 +47,7 @@ class TokenizerConfig(Section):
     sequence_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between a history and its next item")
     temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
     epochs: int = Field(15, ge=1)
+    max_steps: int = Field(1000, ge=1, description="fewer epochs where they are long: so many steps, rounded up to one")
     batch_tokens: int = Field(1024, ge=2, description="interactions per step")
     batch_items: int = Field(512, ge=2, description="items per step, at least: others fill up the batch's own")
     learning_rate: float = Field(3e-3, gt=0)
@@ -57,6 +65,10 @@ class ModelConfig(Section):
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
+    relative_position: bool = Field(False, description="bias attention by how many places apart two items are")
+    relative_time: bool = Field(False, description="bias attention by how long apart; histories then need times")
+    cosine_output: bool = Field(False, description="score by the cosine of hidden state and item vector")
+    output_scale: float = Field(15.0, gt=0, description="what multiplies the cosine")
     beam: int = Field(50, ge=1, description="items that TIGER's search finds, those of the history included")
 
 
@@ -65,7 +77,8 @@ class TrainingConfig(Section):
 
     seed: int = Field(0, ge=0, le=2**31 - 1)
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
-    patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    patience: int = Field(8, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    decay_after: int = Field(2, ge=1, description="after every so many of them, the learning rate falls to a third")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
@@ -76,7 +89,6 @@ DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
     "tiger": {
         "tokenizer": {
             "levels": 3,
-            "codebook_size": 256,
             "shared_codebooks": False,
             "disentangle": False,
             "club_weight": 0.0,
@@ -94,8 +106,13 @@ DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"patience": 3, "weight_decay": 0.05},
     },
 }
-READ_BY_TIGER_ALONE = {"beam"}  # of the options of the sequence model
-READ_BY_TIGER = {"dim", "layers", "heads", "dropout", "max_length", *READ_BY_TIGER_ALONE}
+READ_BY_TIGER = {"dim", "layers", "heads", "dropout", "max_length", "beam"}  # of the options of the sequence model
+OF_SEMANTIC_IDS = {"content", "reweighting", "cross_modal"}  # SASRec has none
+NOT_READ = {
+    "bbqrec": {"beam"},
+    "sasrec": {"beam", *OF_SEMANTIC_IDS},
+    "tiger": ModelConfig.model_fields.keys() - READ_BY_TIGER,
+}
 
 
 class Config(Section):
@@ -165,9 +182,8 @@ class Config(Section):
 
     def check_read(self) -> None:
         """Raises `ValueError` for an option of the sequence model that was given, but that this model does not have."""
-        is_read = READ_BY_TIGER if self.model_name == "tiger" else ModelConfig.model_fields.keys() - READ_BY_TIGER_ALONE
         for key, value in self.model.model_dump(exclude_unset=True).items():
-            if key not in is_read and value != (default := self._default("model", key)):
+            if key in NOT_READ[self.model_name] and value != (default := self._default("model", key)):
                 raise ValueError(
                     f"model.{key}: got {value}, but model {self.model_name!r} does not read it; "
                     f"leave it out, or at {default}"

@@ -13,6 +13,12 @@ from bbqrec_kernels import _library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
+# The operators that have kernels in an implementation; the others all have them all.
+_KERNELS: dict[str, frozenset[str]] = {
+    "cuda": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
+    "triton": frozenset(),
+}
+
 _NO_SUCH_KERNEL = "this version has no such kernel for it"
 
 _warned: set[tuple[str, str]] = set()
@@ -30,7 +36,7 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
     """
     wish = _wish_of_the_reference_only(tensors)
-    blockers = _blockers(tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
+    blockers = _blockers(operator, tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
         if chosen == "reference" and not wish:
@@ -43,12 +49,17 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     return impl
 
 
-def _blockers(tensor: Tensor) -> dict[str, str | None]:
+def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
     """For each implementation, fastest first, None where it can run, otherwise the reason why not."""
-    cpu = _library.CPU.blocker
+    elsewhere = f"the tensors are on {tensor.device.type}"
+    cpu, cuda, triton = _library.CPU.blocker, _library.CUDA.blocker, _NO_SUCH_KERNEL
     if tensor.device.type not in ("cpu", "meta"):
-        cpu = f"the tensors are on {tensor.device.type}"
-    return {"cuda": _NO_SUCH_KERNEL, "triton": _NO_SUCH_KERNEL, "cpu": cpu, "reference": None}
+        cpu = elsewhere
+    if operator not in _KERNELS["cuda"]:
+        cuda = _NO_SUCH_KERNEL
+    elif cuda is None and tensor.device.type != "cuda":
+        cuda = elsewhere
+    return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
 
 
 def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:

@@ -70,7 +70,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _describe(library: _library.Library) -> dict[str, Any]:
-    build = {key: library.build[key] for key in ("torch", "compiler", "flags") if key in library.build}
+    build = {key: library.build[key] for key in ("torch", "compiler", "architectures", "flags") if key in library.build}
     return {"loaded": library.loaded, "reason": library.blocker, **build}
 
 
@@ -112,7 +112,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"{name:<10} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     for name, library in report["libraries"].items():
         lines.append(f"\n{name.upper()} library: {'loaded' if library['loaded'] else 'not loaded'}")
-        lines += [f"  {key:<10} {value}" for key, value in library.items() if key != "loaded" and value]
+        lines += [f"  {key:<13} {value}" for key, value in library.items() if key != "loaded" and value]
     for name, blockers in report["operators"].items():
         lines.append(f"\n{name}")
         lines += [f"  {impl:<10} {'runs' if reason is None else reason}" for impl, reason in blockers.items()]

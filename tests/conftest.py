@@ -1,8 +1,14 @@
-"""Fixtures of all tests: fixed seeds, threads that fit the workers, the folder of real data."""
+"""Fixtures of all tests: fixed seeds, threads that fit the workers, the folder of real data, CUDA kernels on the host."""
 
+import fcntl
+import importlib.util
 import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -32,3 +38,36 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; BBQREC_SHARED_DATA names another folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def simt() -> ModuleType:
+    """The module that runs the bodies of CUDA kernels on the host, built from csrc/simt where it changed."""
+    if not importlib.util.find_spec("pybind11"):
+        pytest.skip("no pybind11, which csrc/simt needs: pip install pybind11")
+    folder = ROOT / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The scripts beside this Python come first: the machine's own CMake may be too old.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if not shutil.which("cmake", path=path):
+        pytest.skip("no CMake, which builds csrc/simt: pip install cmake ninja")
+    defines = {
+        "BBQ_TORCH_DIR": Path(torch.__file__).parent,
+        "BBQ_SIMT": "ON",
+        "BBQ_WERROR": "ON",
+        "Python_EXECUTABLE": sys.executable,
+    }
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist build it once
+        for command in (
+            ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options],
+            ["cmake", "--build", folder, "--target", "_simt"],
+        ):
+            done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+            if done.returncode:
+                pytest.fail(f"csrc/simt does not compile:\n{done.stdout}{done.stderr}", pytrace=False)
+    spec = importlib.util.spec_from_file_location("_simt", folder / "_simt.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -8,6 +8,7 @@ Finished runs in `--out` are not fitted again, unfinished ones are resumed.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import subprocess
 from pathlib import Path
@@ -20,11 +21,13 @@ from bbqrec.evaluation.ranking import METRICS
 TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "bbqrec": "BBQRec"}
 
 
-def measure(data: Dataset, model: str, seed: int, out: Path, options: list[str]) -> list[dict[str, object]]:
+def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) -> list[dict[str, object]]:
     """Fits a model, or finds it fitted, and returns its rows; those of most-popular come with SASRec."""
+    data = Dataset.load(path)
     config = Config().override([*options, f"training.seed={seed}"])
     run = fit(data, out / f"{model}-{seed}", model=model, config=config)
-    facts = {"seed": seed, "seconds": run.facts["seconds"], "data": data.name, **run.facts["versions"]}
+    measured = {"seconds": run.facts["seconds"], "peak_memory_mb": run.facts["peak_memory_mb"]}
+    facts = {"seed": seed, **measured, "data": data.name, **run.facts["versions"]}
     rows = []
     for split in ("validation", "test"):
         rows.append({"model": model, "split": split, **_metrics(run.metrics[split]), **facts})
@@ -66,11 +69,13 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of all runs")
     arguments = parser.parse_args()
 
-    data = Dataset.load(arguments.data)
     rows = []
-    for seed in arguments.seeds:
-        for model in arguments.models:
-            rows += measure(data, model, seed, arguments.out, arguments.set)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a process for each run: its memory is its own
+        for seed in arguments.seeds:
+            for model in arguments.models:
+                run = (arguments.data, model, seed, arguments.out, arguments.set)
+                rows += pool.apply(measure, run)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     table = pl.DataFrame(rows).with_columns(commit=pl.lit(commit), device=pl.lit(f"cpu {platform.machine()}"))
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `bbqrec fit` makes it.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option, e.g. training.seed=1; repeat.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 KeepHistory = Annotated[bool, typer.Option("--keep-history", help="Leave items of the history among the candidates.")]
 
@@ -71,9 +74,7 @@ def fit(
     out: Annotated[Path, typer.Option(help="Run folder to write; an unfinished one is resumed.")],
     model: Annotated[str | None, typer.Option(help="bbqrec, sasrec or tiger; by default what the options say.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option, e.g. training.seed=1; repeat.")
-    ] = None,
+    assignments: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model and write its run folder; resumes an unfinished one."""
@@ -87,6 +88,29 @@ def fit(
     else:
         _print_metrics({split: run.metrics[split] for split in ("validation", "test")}, "history removed")
         typer.echo(f"Run folder: {out}")
+
+
+@command
+def tokenize(
+    data: Annotated[Path, typer.Option(help="Data set: a folder in one of the formats read.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write; `bbqrec fit` on it goes on from there.")],
+    model: Annotated[str | None, typer.Option(help="The model that they are for; by default what options say.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the semantic IDs of a data set, without a recommender yet, and say how good they are."""
+    from bbqrec import Config
+    from bbqrec import tokenize as tokenize_data
+
+    options = (Config.load(config) if config else Config()).override(assignments or [])
+    run = tokenize_data(data, out, model=model, config=options)
+    figures = run.tokenizer_figures
+    if as_json:
+        _print_json({"run": str(out), **figures})
+        return
+    _print_tokenizer_figures(figures)
+    typer.echo(f"Semantic IDs: {out / 'semantic_ids.parquet'}")
 
 
 @command
@@ -117,6 +141,9 @@ def recommend(
         list[str] | None,
         typer.Option("--history", help="The same, separated by spaces or commas; it can be repeated."),
     ] = None,
+    timestamps: Annotated[
+        str | None, typer.Option(help="Times of the items, separated by commas, for a model that reads times.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     keep_history: KeepHistory = False,
     as_json: AsJson = False,
@@ -128,7 +155,7 @@ def recommend(
     if not given:
         raise ValueError("history: no item given; name items, e.g. `bbqrec recommend RUN --history A,B`")
     model = BBQRec.load(run)
-    rows = _recommendations(model, given, k, keep_history)
+    rows = _recommendations(model, given, k, keep_history, None if timestamps is None else _integers(timestamps))
     if as_json:
         _print_json({"run": str(run), "history": given, "items": rows})
     else:
@@ -211,8 +238,18 @@ def _without_cold_targets(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("cold/")}
 
 
-def _recommendations(model: BBQRec, history: list[str], k: int, keep_history: bool) -> list[dict[str, Any]]:
-    [best] = model.recommend([history], k, keep_history=keep_history)
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"timestamps: got {text!r}, expected whole numbers separated by commas") from None
+
+
+def _recommendations(
+    model: BBQRec, history: list[str], k: int, keep_history: bool, timestamps: list[int] | None = None
+) -> list[dict[str, Any]]:
+    times = None if timestamps is None else [timestamps]
+    [best] = model.recommend([history], k, keep_history=keep_history, timestamps=times)
     return [
         {
             "rank": rank,
@@ -242,6 +279,26 @@ def _print_metrics(rows: dict[str, dict[str, float]], candidates: str) -> None:
     _print_table(f"Metrics over all items ({candidates})", table)
 
 
+def _print_tokenizer_figures(figures: dict[str, Any]) -> None:
+    levels = range(len(figures["usage"]))
+    rows = [
+        {
+            "level": level,
+            "codewords in use": f"{figures['usage'][level]:.1%}",
+            "perplexity": f"{figures['perplexity'][level]:.1f}",
+            **{f"{name} left": f"{rest[level]:.1%}" for name, rest in figures["residual"].items()},
+        }
+        for level in levels
+    ]
+    _print_table("Codebooks, and what each level leaves of the vectors", rows)
+    for name, share in figures["reconstruction"].items():
+        typer.echo(f"{name} features explained by codes and specific part: {share:.1%}")
+    typer.echo(f"Items whose codes another item has as well: {figures['collision_rate']:.1%}")
+    if figures["agreement"] is not None:
+        typer.echo(f"Items whose modalities agree on the first code: {figures['agreement']:.1%}")
+    typer.echo()
+
+
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
@@ -251,7 +308,7 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
-        numeric = name in ("rank", "score", "users", *METRICS)
+        numeric = name in ("rank", "score", "users", "level", "perplexity", *METRICS)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

@@ -89,11 +89,16 @@ class Histories:
             raise ValueError(f"histories: offsets must start at 0, never decrease and end at {len(self.items)}")
 
     @classmethod
-    def from_lists(cls, sequences: Sequence[Sequence[int]]) -> Histories:
-        """`sequences[n]` are the items of sequence `n`, oldest first."""
+    def from_lists(
+        cls, sequences: Sequence[Sequence[int]], timestamps: Sequence[Sequence[int]] | None = None
+    ) -> Histories:
+        """`sequences[n]` are the items of sequence `n`, oldest first, and `timestamps[n]` their times."""
+
+        def flat(lists: Sequence[Sequence[int]]) -> np.ndarray:
+            return np.concatenate([np.asarray(s, np.int64) for s in lists]) if lists else np.empty(0, np.int64)
+
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        items = np.concatenate([np.asarray(s, np.int64) for s in sequences]) if sequences else np.empty(0, np.int64)
-        return cls(items, offsets)
+        return cls(flat(sequences), offsets, None if timestamps is None else flat(timestamps))
 
     @classmethod
     def from_interactions(

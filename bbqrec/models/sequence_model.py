@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
+from bbqrec.models.losses import catalogue_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
-from bbqrec_kernels import pack, prefix
+from bbqrec_kernels import Term, gap, pack, prefix
 
-MAX_CHANNELS = 8  # prefix terms of the attention operator
+MAX_CHANNELS = 8  # of all terms of the attention operator
+TIME_BUCKETS = 48  # powers of two of a time gap: decades, even in milliseconds
 
 
 class SequenceModel(nn.Module):
@@ -22,7 +24,9 @@ class SequenceModel(nn.Module):
 
     Item vectors are `e_i = W Σ_m ẑ_i^m + id_i`, with `ẑ` decoded from the item's codes by codebooks that start as the
     tokenizer's and are trained along. Attention scores get `prefix` terms: channel `(m, m')` compares the codes of
-    modality `m` of the querying item with those of `m'` of the other. Tables start at zero, which is plain attention.
+    modality `m` of the querying item with those of `m'` of the other; and `gap` terms: how far apart two items are, in
+    places and in time. Every layer has tables of its own, which start at zero: that is plain attention. With
+    `cosine_output`, logits are `output_scale · cos(h_t, e_j)`.
 
     Args:
         n_items: size of the catalogue.
@@ -41,14 +45,19 @@ class SequenceModel(nn.Module):
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
         self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
-        self.tables = None
+        self.tables = self.position_tables = self.time_tables = None
+        if config.relative_position:
+            buckets = (config.max_length - 1).bit_length() + 1
+            self.position_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, buckets))
+        if config.relative_time:
+            self.time_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, TIME_BUCKETS))
         if semantic_ids is not None:
             self.register_buffer("codes", semantic_ids.codes.clone())
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
             self.codebooks.requires_grad_(has_content)
             self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
             if config.reweighting:
-                self.channels = attention_channels(self.codes.shape[1], config.cross_modal)
+                self.channels = attention_channels(self.codes.shape[1], config)
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
@@ -67,35 +76,53 @@ class SequenceModel(nn.Module):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the whole catalogue, at every position of the batch."""
         vectors = self.item_vectors()
-        return F.cross_entropy(self(batch, vectors) @ vectors.T, batch.targets)
+        return catalogue_cross_entropy(*self._compared(self(batch, vectors), vectors), batch.targets)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
         """Scores `(B, n_items)` of the item that follows each history."""
         vectors = self.item_vectors()
-        return self(batch, vectors)[batch.last] @ vectors.T
+        hidden, vectors = self._compared(self(batch, vectors)[batch.last], vectors)
+        return hidden @ vectors.T
 
-    def _terms(self, batch: PackedBatch) -> list[list] | None:
-        if self.tables is None:
-            return None
-        left, right = zip(*self.channels, strict=True)
-        codes = self.codes[batch.items]  # (T, M, L)
-        size = self.codebooks.shape[2]
-        query, key = pack(codes[:, left], size), pack(codes[:, right], size)
-        return [[prefix(query, table, key_codes=key)] for table in self.tables]
+    def _compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """What the logits are dot products of."""
+        if not self.config.cosine_output:
+            return hidden, vectors
+        return self.config.output_scale * F.normalize(hidden, dim=-1), F.normalize(vectors, dim=-1)
+
+    def _terms(self, batch: PackedBatch) -> list[list[Term]]:
+        """The terms of every layer's attention; what all layers share is made once."""
+        terms = [[] for _ in self.transformer.blocks]
+        if self.tables is not None:
+            left, right = zip(*self.channels, strict=True)
+            codes = self.codes[batch.items]  # (T, M, L)
+            size = self.codebooks.shape[2]
+            query, key = pack(codes[:, left], size), pack(codes[:, right], size)
+            for layer, table in zip(terms, self.tables, strict=True):
+                layer.append(prefix(query, table, key_codes=key))
+        for places, tables in ((batch.positions, self.position_tables), (batch.timestamps, self.time_tables)):
+            if tables is None:
+                continue
+            if places is None:
+                raise ValueError("timestamps: got none, expected the time of every interaction (model.relative_time)")
+            for layer, table in zip(terms, tables, strict=True):
+                layer.append(gap(places[:, None], table))
+        return terms
 
 
-def attention_channels(modalities: int, cross_modal: bool) -> list[tuple[int, int]]:
+def attention_channels(modalities: int, config: ModelConfig) -> list[tuple[int, int]]:
     """Pairs of modality indices that attention compares: each with itself, and with the others where they fit.
 
-    Raises `ValueError` for more than `MAX_CHANNELS` modalities.
+    Raises `ValueError` for more modalities than the `gap` terms leave channels to.
     """
-    if modalities > MAX_CHANNELS:
+    free = MAX_CHANNELS - config.relative_position - config.relative_time
+    if modalities > free:
         raise ValueError(
-            f"tokenizer.modalities: got {modalities}, expected at most {MAX_CHANNELS} to reweight attention by; "
+            f"tokenizer.modalities: got {modalities}, expected at most {free} to reweight attention by; "
             "choose fewer, or set model.reweighting=false"
         )
     pairs = list(product(range(modalities), repeat=2))
-    if cross_modal and len(pairs) <= MAX_CHANNELS:
+    if config.cross_modal and len(pairs) <= free:
         return pairs
     return [(m, m) for m in range(modalities)]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bbqrec.data.batches import pack_histories
-from bbqrec.data.dataset import unknown_item
+from bbqrec.data.dataset import Histories, unknown_item
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
@@ -53,7 +52,12 @@ class BBQRec:
         return cls(run.model, items["item"].to_list(), items["title"].to_list(), max_length, run.semantic_ids)
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, keep_history: bool = False
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        keep_history: bool = False,
+        timestamps: Sequence[Sequence[int]] | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The best next items.
 
@@ -61,6 +65,8 @@ class BBQRec:
             histories: item ids of each user, oldest first. Of a long one, the latest `max_length` items count.
             k: items to return for each history.
             keep_history: also recommend items of the history; by default they are left out.
+            timestamps: time of every item of every history, in the unit of the data set (mostly seconds). Needed by a
+                model with `model.relative_time`, and by no other.
 
         Returns:
             For each history `k` pairs of item id and score, best first. Scores are logits of the softmax over items:
@@ -68,10 +74,12 @@ class BBQRec:
 
         Raises:
             TypeError: `histories` is no list of lists of strings.
-            ValueError: an item is unknown, a history is empty, or `k` is below 1 or above the number of candidates: of
-                TIGER, those that its search finds (`model.beam`), without the history.
+            ValueError: an item is unknown, a history is empty, `k` is below 1 or above the number of candidates (of
+                TIGER, those that its search finds, `model.beam`, without the history), or timestamps are missing, not
+                needed, or not one for each item.
         """
         indices = [self._indices(n, history) for n, history in enumerate(histories)]
+        self._check_timestamps(indices, timestamps)
         for n, items in enumerate(indices):
             removed = 0 if keep_history else len(set(items))
             candidates = len(self.item_ids) - removed
@@ -82,7 +90,9 @@ class BBQRec:
                 )
         recommended = []
         for start in range(0, len(indices), BATCH_HISTORIES):
-            recommended += self._recommend(indices[start : start + BATCH_HISTORIES], k, keep_history)
+            chosen = slice(start, start + BATCH_HISTORIES)
+            times = None if timestamps is None else timestamps[chosen]
+            recommended += self._recommend(indices[chosen], times, k, keep_history)
         for n, found in enumerate(recommended):
             if len(found) < k:  # of models that search
                 raise ValueError(
@@ -114,8 +124,21 @@ class BBQRec:
             raise ValueError(f"histories: history {n} is empty, expected at least one item id")
         return [self.item_index(item) for item in history]
 
-    def _recommend(self, histories: list[list[int]], k: int, keep_history: bool) -> list[list[tuple[str, float]]]:
-        batch = pack_histories([np.array(items) for items in histories], self.max_length)
+    def _check_timestamps(self, histories: list[list[int]], timestamps: Sequence[Sequence[int]] | None) -> None:
+        needed = self.model.config.relative_time
+        if (timestamps is not None) != needed:
+            raise ValueError(
+                "timestamps: got None, expected one for each item, as this model reads times"
+                if needed
+                else "timestamps: got some, expected None, as this model reads no times"
+            )
+        if needed and [len(times) for times in timestamps] != [len(history) for history in histories]:
+            raise ValueError("timestamps: got other numbers of them than of items, expected one for each item")
+
+    def _recommend(
+        self, histories: list[list[int]], timestamps: Sequence[Sequence[int]] | None, k: int, keep_history: bool
+    ) -> list[list[tuple[str, float]]]:
+        batch = pack_histories(Histories.from_lists(histories, timestamps), self.max_length)
         scores = self.model.score(batch.to(next(self.model.parameters()).device)).cpu()
         if not keep_history:
             for row, items in zip(scores, histories, strict=True):

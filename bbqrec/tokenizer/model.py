@@ -7,6 +7,7 @@ Notation of the paper: for item `i` and modality `m`, features `x`, behaviour-al
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from bbqrec.data.dataset import Features
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.losses import GaussianNetwork, info_nce
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
-from bbqrec_kernels import residual_kmeans, residual_quantize
+from bbqrec_kernels import ResidualQuantizer, residual_quantize
 
 BEHAVIOUR = -1  # its index among the sources of codes: after the modalities
+REVIVAL_ITEMS = 4096  # whose vectors codewords without use may move to
 
 
 class Tokenizer(nn.Module):
@@ -54,8 +56,11 @@ class Tokenizer(nn.Module):
                     self.mutual_information.append(GaussianNetwork(config.dim, config.dim, config.hidden))
             self.decoders.append(mlp((1 + config.disentangle) * config.dim, config.hidden, width))
         self.behaviour = nn.Embedding(n_items, config.dim)
-        sources = 1 if config.shared_codebooks else len(self.modalities) + 1
-        self.codebooks = nn.Parameter(torch.zeros(sources, config.levels, config.codebook_size, config.dim))
+        self.quantizers = nn.ModuleList(
+            ResidualQuantizer(config.dim, config.levels, config.codebook_size, ema_decay=config.ema_decay)
+            for _ in range(1 if config.shared_codebooks else len(self.modalities) + 1)
+        )
+        self.register_buffer("initialized", torch.tensor(False))
         self.history_encoder = CausalTransformer(config.dim, layers=1, heads=2, dropout=0.1, max_length=max_length)
 
     def features(self, m: int) -> Tensor:
@@ -68,7 +73,7 @@ class Tokenizer(nn.Module):
 
     def codebook(self, m: int) -> Tensor:
         """`(L, K, d)`: the shared codebooks, or those of modality `m` or of `BEHAVIOUR`."""
-        return self.codebooks[0 if len(self.codebooks) == 1 else m]
+        return self.quantizers[0 if len(self.quantizers) == 1 else m].codebooks
 
     def behaviour_vectors(self) -> Tensor:
         """`(n_items, d)`, on the scale of the encoders' outputs: they share codebooks."""
@@ -77,12 +82,29 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def initialize_codebooks(self, generator: torch.Generator) -> None:
         """Residual k-means over the encoders' present outputs: all modalities together where codebooks are shared."""
-        pools = [encode(self.features(m)[self.present(m)]) for m, encode in enumerate(self.encoders)]
-        pools.append(self.behaviour_vectors())
-        if len(self.codebooks) == 1:
-            pools = [torch.cat(pools)]
-        for codebooks, pool in zip(self.codebooks, pools, strict=True):
-            codebooks.copy_(residual_kmeans(pool, *codebooks.shape[:2], generator=generator))
+        rows = self._quantized_rows(torch.arange(len(self.behaviour.weight), device=self.initialized.device))
+        for quantizer, x in zip(self.quantizers, rows, strict=True):
+            quantizer.initialize(x, iterations=self.config.kmeans_iterations, generator=generator)
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def revive_codewords(self) -> list[Tensor]:
+        """Moves codewords that were not chosen in the last `revive_after` steps to where items fit badly.
+
+        Returns which moved, `(L, K)` bool of each quantizer: see `ResidualQuantizer.revive`.
+        """
+        items = torch.randperm(len(self.behaviour.weight), device=self.initialized.device)[:REVIVAL_ITEMS]
+        rows = self._quantized_rows(items)
+        return [
+            quantizer.revive(x, window=self.config.revive_after)
+            for quantizer, x in zip(self.quantizers, rows, strict=True)
+        ]
+
+    def _quantized_rows(self, items: Tensor) -> list[Tensor]:
+        """What each quantizer has to quantize of these items `(N,)`."""
+        rows = [encode(self.features(m)[items[self.present(m)[items]]]) for m, encode in enumerate(self.encoders)]
+        rows.append(self.behaviour_vectors()[items])
+        return [torch.cat(rows)] if len(self.quantizers) == 1 else rows
 
     def losses(self, items: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
         """The weighted terms of the loss, by name; their sum is what the main optimizer minimizes.
@@ -92,30 +114,27 @@ class Tokenizer(nn.Module):
             batch: packed histories with their targets.
         """
         config, losses = self.config, {}
-        aligned = []  # for each modality: ẑ (N, d), zero where absent, and mask (N,)
-        for m in range(len(self.modalities)):
-            mask = self.present(m)[items]
-            rows = items[mask]
-            if len(rows) == 0:  # nothing to average over
-                aligned.append((self.codebooks.new_zeros(len(items), config.dim), mask))
-                continue
-            x = self.features(m)[rows]
-            z = self.encoders[m](x)
-            quantized = self._quantize(z, m, losses)
-            parts = [quantized]
-            if config.disentangle:
-                u = self.specific[m](x)
-                parts.append(u)
-                if self.mutual_information:
-                    # Information is never negative: below zero, the estimator lags, and there is nothing to minimize.
-                    bound = self.mutual_information[m].upper_bound(z, u).clamp_min(0)
-                    _add(losses, "club", config.club_weight, bound)
-            reconstruction = self.decoders[m](torch.cat(parts, -1))
-            _add(losses, "reconstruction", config.reconstruction_weight, F.mse_loss(reconstruction, x))
-            full = quantized.new_zeros(len(items), config.dim).index_put((mask.nonzero()[:, 0],), quantized)
-            aligned.append((full, mask))
+        masks = [self.present(m)[items] for m in range(len(self.modalities))]
+        xs = [self.features(m)[items[mask]] for m, mask in enumerate(masks)]
+        zs = [encode(x) for encode, x in zip(self.encoders, xs, strict=True)]
         behaviour = self.behaviour_vectors()[items]
-        self._quantize(behaviour, BEHAVIOUR, losses)  # for its loss: the contrasts compare the vectors themselves
+        # The contrasts compare the behaviour vectors themselves: they are quantized for the sake of the codebooks.
+        *quantized, _ = self._quantize([*zs, behaviour], losses)
+        aligned = []  # for each modality: ẑ (N, d), zero where absent, and mask (N,)
+        for m, (x, z, z_hat, mask) in enumerate(zip(xs, zs, quantized, masks, strict=True)):
+            if len(x):  # otherwise there is nothing to average over
+                parts = [z_hat]
+                if config.disentangle:
+                    u = self.specific[m](x)
+                    parts.append(u)
+                    if self.mutual_information:
+                        # Information is never negative: below zero, the estimator lags: there is nothing to minimize.
+                        bound = self.mutual_information[m].upper_bound(z, u).clamp_min(0)
+                        _add(losses, "club", config.club_weight, bound)
+                reconstruction = self.decoders[m](torch.cat(parts, -1))
+                _add(losses, "reconstruction", config.reconstruction_weight, F.mse_loss(reconstruction, x))
+            full = z_hat.new_zeros(len(items), config.dim).index_put((mask.nonzero()[:, 0],), z_hat)
+            aligned.append((full, mask))
 
         if config.item_contrast_weight > 0:
             pairs = list(combinations([*aligned, (behaviour, torch.ones_like(items, dtype=torch.bool))], 2))
@@ -134,7 +153,7 @@ class Tokenizer(nn.Module):
 
     def estimator_loss(self, items: Tensor) -> Tensor:
         """Negative log likelihood of `q(u | z)`, for the optimizer of the CLUB estimators only."""
-        total = self.codebooks.new_zeros(())
+        total = self.behaviour.weight.new_zeros(())
         for m, estimator in enumerate(self.mutual_information):
             x = self.features(m)[items[self.present(m)[items]]]
             if len(x) == 0:
@@ -151,15 +170,43 @@ class Tokenizer(nn.Module):
         for m, encode in enumerate(self.encoders):
             found = residual_quantize(encode(self.features(m)), self.codebook(m)).codes
             codes.append(found.masked_fill(~self.present(m)[:, None], -1))
-        books = self.codebooks if len(self.codebooks) == 1 else self.codebooks[: len(self.modalities)]
-        return SemanticIDs(self.modalities, torch.stack(codes, 1).cpu(), books.detach().cpu().clone())
+        quantizers = self.quantizers if len(self.quantizers) == 1 else self.quantizers[: len(self.modalities)]
+        books = torch.stack([quantizer.codebooks for quantizer in quantizers])
+        return SemanticIDs(self.modalities, torch.stack(codes, 1).cpu(), books.cpu())
 
-    def _quantize(self, z: Tensor, m: int, losses: dict[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def fidelity(self) -> dict[str, dict[str, Any]]:
+        """What quantization keeps, by modality, over all items that have it.
+
+        `residual`: after each level, the share of the squared length of `z` that its codes do not explain.
+        `reconstruction`: the share of the features' variance that the decoder gives back, from codes and `u`.
+        """
+        residual, reconstruction = {}, {}
+        for m, name in enumerate(self.modalities):
+            x = self.features(m)[self.present(m)]
+            z = self.encoders[m](x)
+            result = residual_quantize(z, self.codebook(m))
+            residual[name] = (result.commitment_loss / z.square().mean()).tolist()
+            parts = [result.quantized, *(specific(x) for specific in self.specific[m : m + 1])]
+            error = F.mse_loss(self.decoders[m](torch.cat(parts, -1)), x) / x.square().mean().clamp_min(1e-12)
+            reconstruction[name] = 1 - error.item()
+        return {"residual": residual, "reconstruction": reconstruction}
+
+    def _quantize(self, zs: list[Tensor], losses: dict[str, Tensor]) -> list[Tensor]:
+        """`ẑ` of the modalities and of the behaviour. One call for each quantizer: it is one step of its averages."""
         config = self.config
-        result = residual_quantize(z, self.codebook(m))
-        loss = result.codebook_loss.sum() + config.commitment_weight * result.commitment_loss.sum()
-        _add(losses, "quantization", config.quantization_weight, loss)
-        return result.quantized
+        counts = [len(z) for z in zs]
+        groups = [torch.cat(zs)] if len(self.quantizers) == 1 else zs
+        quantized = []
+        for quantizer, z in zip(self.quantizers, groups, strict=True):
+            result = quantizer(z)
+            loss = config.commitment_weight * result.commitment_loss.sum()
+            if config.ema_decay is None:
+                loss = loss + result.codebook_loss.sum()
+            # A shared quantizer's mean over the rows of all sources stands for the sum of their means.
+            _add(losses, "quantization", config.quantization_weight * len(zs) / len(groups), loss)
+            quantized.append(result.quantized)
+        return list(quantized[0].split(counts)) if len(groups) == 1 else quantized
 
 
 def standardize(feature: Features) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class SemanticIDs:
     def codebook_size(self) -> int:
         return self.codebooks.shape[2]
 
-    def figures(self) -> dict[str, list[float] | float]:
+    def figures(self) -> dict[str, list[float] | float | None]:
         """`usage` and `perplexity` per level, `collision_rate`, `agreement`."""
         return {**self.usage(), "collision_rate": self.collision_rate(), "agreement": self.agreement()}
 
@@ -51,12 +51,15 @@ class SemanticIDs:
         _, inverse, counts = self.codes.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
         return (counts[inverse] > 1).double().mean().item()
 
-    def agreement(self) -> float:
-        """Share of items whose modalities all have the same first code, among items that have every modality."""
+    def agreement(self) -> float | None:
+        """Share of items whose modalities all have the same first code, among items that have every modality.
+
+        None where there is no such item, and where one modality alone has nothing to agree with.
+        """
         first = self.codes[:, :, 0]
         complete = (first >= 0).all(1)
-        if not complete.any():
-            return float("nan")
+        if first.shape[1] < 2 or not complete.any():
+            return None
         return (first[complete] == first[complete, :1]).all(1).double().mean().item()
 
     def text(self, item: int) -> str:

@@ -1,11 +1,11 @@
-"""`fit`: from a data set to a finished run folder, resuming where an earlier call stopped."""
+"""`fit`: from a data set to a finished run folder, resuming where a call stopped; `tokenize`: the first half of it."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,75 @@ def fit(
         ValueError: the data cannot be used, `out` holds another run, or the options do not fit the data.
         KeyboardInterrupt: interrupted; call again to resume.
     """
+    job = _start(data, out, model, config, progress)
+    if job.run.finished:
+        return job.run
+    started = time.perf_counter()
+    semantic_ids = _make_semantic_ids(job) if job.features else None
+    sequence_model = _fit_sequence_model(job, semantic_ids)
+
+    folder = job.run.folder
+    if semantic_ids is None:
+        SemanticIDs.none(job.data.n_items).save_table(folder / "semantic_ids.parquet", *job.names)
+    plots.save_curves(folder / "curves.png", folder / "logs")
+    seconds = job.run.facts.get("seconds", 0) + time.perf_counter() - started
+    facts = {"seconds": round(seconds, 1), "peak_memory_mb": _peak_memory_mb()}
+    write_json(folder / "run.json", {**job.run.facts, **facts})
+    save_model(sequence_model, folder / "model.safetensors")
+    metrics = _final_metrics(job, sequence_model)
+    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
+    test, popular = metrics["test"], metrics["most_popular"]["test"]
+    job.say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
+    job.say(f"(most popular {popular['ndcg@10']:.4f}, {popular['recall@10']:.4f}; history removed)")
+    return Run(folder, job.data)
+
+
+def tokenize(
+    data: Dataset | str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    config: Config | None = None,
+    progress: bool | None = None,
+) -> Run:
+    """Makes the semantic IDs of a data set and no recommender yet: `fit` on the same folder goes on from there.
+
+    Arguments, resuming and errors are those of `fit`. The folder then holds `semantic_ids.parquet`, `tokenizer.json`
+    (`Run.tokenizer_figures`), `tokenizer.safetensors` and `codebooks.png`; where it does already, nothing is trained.
+
+    Raises:
+        ValueError: also where the model is one without semantic IDs.
+    """
+    name = model or (config or Config()).model_name
+    if name == "sasrec":
+        raise ValueError(f"model: got {name!r}, which has no semantic IDs; expected another")
+    job = _start(data, out, model, config, progress)
+    _make_semantic_ids(job)
+    return job.run
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of a run need."""
+
+    run: Run
+    data: Dataset
+    features: dict[str, Features]
+    split: Split
+    config: Config
+    bars: bool
+    say: Callable[..., None]
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """IDs and titles of all items."""
+        return self.data.item_ids, [self.data.title(i) for i in range(self.data.n_items)]
+
+
+def _start(
+    data: Dataset | str | Path, out: str | Path, model: str | None, config: Config | None, progress: bool | None
+) -> _Job:
+    """Checks everything that can be checked before training, and claims the run folder."""
     if not isinstance(data, Dataset):
         data = Dataset.load(data)
     config = config or Config()
@@ -64,34 +133,18 @@ def fit(
     split = leave_one_out(data)
     _check_options(data, features, split, config)
     run = _claim(Path(out), data, config)
-    if run.finished:
-        return run
-
     say = _quiet if progress is False else _say
     bars = sys.stderr.isatty() if progress is None else progress
-    started = time.perf_counter()
-    widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
-    say(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}")
-    if features and config.model.reweighting and config.model.cross_modal and len(features) ** 2 > MAX_CHANNELS:
-        say(f"model.cross_modal: no, attention takes {MAX_CHANNELS} channels, {len(features)} x {len(features)} needed")
-    semantic_ids = _fit_tokenizer(run.folder, data, features, split, config, bars, say) if features else None
-    sequence_model = _fit_sequence_model(run.folder, data, split, config, semantic_ids, bars, say)
-
-    (semantic_ids or SemanticIDs.none(data.n_items)).save_table(
-        run.folder / "semantic_ids.parquet", data.item_ids, [data.title(i) for i in range(data.n_items)]
-    )
-    plots.save_curves(run.folder / "curves.png", run.folder / "logs")
-    if semantic_ids is not None:
-        plots.save_codebook_usage(run.folder / "codebooks.png", semantic_ids)
-    seconds = run.facts.get("seconds", 0) + time.perf_counter() - started
-    write_json(run.folder / "run.json", {**run.facts, "seconds": round(seconds, 1)})
-    save_model(sequence_model, run.folder / "model.safetensors")
-    metrics = _final_metrics(data, split, config, sequence_model, semantic_ids)
-    write_json(run.folder / "metrics.json", metrics)  # last: it says that the run is finished
-    test, popular = metrics["test"], metrics["most_popular"]["test"]
-    say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
-    say(f"(most popular {popular['ndcg@10']:.4f}, {popular['recall@10']:.4f}; history removed)")
-    return Run(run.folder, data)
+    if not run.finished:
+        widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
+        say(
+            f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
+        )
+        if len(features) > 1 and config.model.reweighting and config.model.cross_modal:
+            channels = attention_channels(len(features), config.model)
+            if len(channels) == len(features):
+                say(f"model.cross_modal: no, of {MAX_CHANNELS} channels in attention it needs {len(features) ** 2}")
+    return _Job(run, data, features, split, config, bars, say)
 
 
 def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:
@@ -123,6 +176,8 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         )
     model, tokenizer = config.model, config.tokenizer
     config.check_read()
+    if model.relative_time and data.histories.timestamps is None:
+        raise ValueError(f"model.relative_time: got true, but {data.name} has no timestamps; set it to false")
     _check_heads("model.dim", model.dim, model.heads, "model.heads")
     if not features:
         if not model.item_id:
@@ -132,7 +187,7 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
     _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
     if model.reweighting:
-        attention_channels(len(features), model.cross_modal)  # refuses too many
+        attention_channels(len(features), model)  # refuses too many
 
 
 def _check_heads(option: str, dim: int, heads: int, what: str) -> None:
@@ -170,77 +225,69 @@ def _claim(folder: Path, data: Dataset, config: Config) -> Run:
     return run
 
 
-def _fit_tokenizer(
-    folder: Path,
-    data: Dataset,
-    features: dict[str, Features],
-    split: Split,
-    config: Config,
-    bars: bool,
-    say: Callable[..., None],
-) -> SemanticIDs:
-    options, max_length = config.tokenizer, config.model.max_length
-    torch.manual_seed(config.training.seed)
-    tokenizer = Tokenizer(features, data.n_items, options, max_length)
-    weights = folder / "tokenizer.safetensors"
+def _make_semantic_ids(job: _Job) -> SemanticIDs:
+    """Trains the tokenizer, unless that is done, and writes what it says about the catalogue."""
+    options, seed, max_length = job.config.tokenizer, job.config.training.seed, job.config.model.max_length
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(job.features, job.data.n_items, options, max_length)
+    weights = job.run.folder / "tokenizer.safetensors"
     if not weights.is_file():
-        batches = TrainingBatches(split.train, max_length, options.batch_tokens, config.training.seed)
-        module = TokenizerModule(tokenizer, config, batches)
-        train(module, Stage(folder, "tokenizer", options.epochs), bars=bars)
+        batches = TrainingBatches(job.split.train, max_length, options.batch_tokens, seed)
+        module = TokenizerModule(tokenizer, job.config, batches)
+        epochs = min(options.epochs, -(-options.max_steps // len(batches)))
+        train(module, Stage(job.run.folder, "tokenizer", epochs), bars=job.bars)
         save_weights(tokenizer.state_dict(), weights)
     with damage_named(weights):
         tokenizer.load_state_dict(load_file(weights))
-    semantic_ids = tokenizer.eval().semantic_ids()
-    figures = semantic_ids.figures()
+    tokenizer.eval()
+    semantic_ids = tokenizer.semantic_ids()
+    figures = {**semantic_ids.figures(), **tokenizer.fidelity()}
+    semantic_ids.save_table(job.run.folder / "semantic_ids.parquet", *job.names)
+    plots.save_codebook_usage(job.run.folder / "codebooks.png", semantic_ids)
+    write_json(job.run.folder / "tokenizer.json", figures)
     used = ", ".join(f"{share:.0%}" for share in figures["usage"])
-    say(f"tokenizer: codewords in use {used}; items sharing all codes {figures['collision_rate']:.1%}")
+    job.say(f"tokenizer: codewords in use {used}; items sharing all codes {figures['collision_rate']:.1%}")
     return semantic_ids
 
 
-def _fit_sequence_model(
-    folder: Path,
-    data: Dataset,
-    split: Split,
-    config: Config,
-    semantic_ids: SemanticIDs | None,
-    bars: bool,
-    say: Callable[..., None],
-) -> SequenceModel | Tiger:
+def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> SequenceModel | Tiger:
     """Trains until the validation metric stops rising, and returns the model of the best epoch."""
-    options, max_length = config.training, config.model.max_length
+    options, max_length = job.config.training, job.config.model.max_length
     torch.manual_seed(options.seed)
-    model = build_model(config, data.n_items, semantic_ids)
+    model = build_model(job.config, job.data.n_items, semantic_ids)
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
-    batches = batches_of_model(split.train, max_length, options.batch_tokens, options.seed)
-    module = SequenceModule(model, config, batches, split.validation, data.n_items)
-    best = train(module, Stage(folder, "sequence_model", options.epochs, options.patience), bars=bars)
+    batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
+    module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
+    stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
+    best = train(module, stage, bars=job.bars)
     module.load_state_dict(best["state_dict"])
-    say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
+    job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     return model.cpu().eval()
 
 
-def _final_metrics(
-    data: Dataset, split: Split, config: Config, model: SequenceModel | Tiger, semantic_ids: SemanticIDs | None
-) -> dict[str, Any]:
-    options = {
-        "n_items": data.n_items,
-        "max_length": config.model.max_length,
-        "train_items": split.train_items,
-    }
-    popular = MostPopular(split.train, data.n_items)
+def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
+    split, n_items = job.split, job.data.n_items
+    options = {"n_items": n_items, "max_length": job.config.model.max_length, "train_items": split.train_items}
+    popular = MostPopular(split.train, n_items)
     held_out = {"validation": split.validation, "test": split.test}
     metrics = {
-        "model": config.model_name,
-        "data": data.name,
+        "model": job.config.model_name,
+        "data": job.data.name,
         "candidates": "all items, history removed",
         **{name: evaluate(model, part, **options) for name, part in held_out.items()},
         "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
     }
-    if semantic_ids is not None:
-        figures = semantic_ids.figures()
-        agreement = figures["agreement"]  # undefined where no item has every modality; JSON has no NaN
-        metrics["tokenizer"] = {**figures, "agreement": None if math.isnan(agreement) else agreement}
-    return metrics
+    return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.features else metrics
+
+
+def _peak_memory_mb() -> int | None:
+    """The most memory that this process has had resident so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -46,7 +46,7 @@ class TokenizerModule(EpochSeeded):
         self.config = config.tokenizer
 
     def on_fit_start(self) -> None:
-        if not self.tokenizer.codebooks.any():  # a resumed run has trained ones
+        if not self.tokenizer.initialized:  # that of a resumed run is
             self.tokenizer.initialize_codebooks(torch.Generator().manual_seed(self.seed))
 
     def training_step(self, batch: PackedBatch, _: int) -> None:
@@ -64,6 +64,19 @@ class TokenizerModule(EpochSeeded):
         optimizer.step()
         self.log_epoch({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch)
         self.log_epoch({"train/loss": total.detach()}, batch, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        if self.config.revive_after:
+            moved = self.tokenizer.revive_codewords()
+            if self.config.ema_decay is None:
+                self._forget_moments(moved)
+
+    def _forget_moments(self, moved: list[Tensor]) -> None:
+        """Codewords that moved have no history that the optimizer's averages should carry on."""
+        state = self._optimizers()[0].optimizer.state
+        for quantizer, codewords in zip(self.tokenizer.quantizers, moved, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[quantizer.codebooks][name][codewords] = 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         estimators = list(self.tokenizer.mutual_information.parameters())

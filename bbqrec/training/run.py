@@ -1,11 +1,12 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
 config.yaml            every option of the run
-run.json               data set (name, path, fingerprint), versions, time
+run.json               data set (name, path, fingerprint), versions, seconds, peak memory
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
+tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
 model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
-metrics.json           validation and test metrics, figures of the tokenizer
+metrics.json           validation and test metrics, and those figures
 curves.png, codebooks.png
 logs/                  CSV and TensorBoard logs, one version for every time the run was started
 checkpoints/           to resume from
@@ -76,9 +77,10 @@ class Run:
 
     @cached_property
     def items(self) -> pl.DataFrame:
-        """`semantic_ids.parquet` of a finished run: row `i` is item `i`."""
-        self._require_finished()
+        """`semantic_ids.parquet`, of a run with a finished tokenizer at least: row `i` is item `i`."""
         path = self.folder / "semantic_ids.parquet"
+        if not path.is_file():
+            self._require_finished()
         with damage_named(path):
             return pl.read_parquet(path).cast({"item": pl.String, "title": pl.String})
 
@@ -91,6 +93,11 @@ class Run:
         """`metrics.json` of a finished run."""
         self._require_finished()
         return read_json(self.folder / "metrics.json", {"validation": (), "test": (), "most_popular": ()})
+
+    @property
+    def tokenizer_figures(self) -> dict[str, Any]:
+        """`tokenizer.json`, of a run with a finished tokenizer: see `SemanticIDs.figures`, `Tokenizer.fidelity`."""
+        return read_json(self.folder / "tokenizer.json", {"residual": (), "reconstruction": ()})
 
     @cached_property
     def data(self) -> Dataset:

@@ -29,12 +29,14 @@ class Stage:
         name: of the stage, for `logs/<name>` and `checkpoints/<name>`.
         epochs: upper limit.
         patience: epochs without a better validation metric before stopping; None trains all epochs.
+        decay_after: after every so many of them, the learning rate falls to a third.
     """
 
     folder: Path
     name: str
     epochs: int
     patience: int | None = None
+    decay_after: int = 1
 
     @property
     def checkpoints(self) -> Path:
@@ -52,7 +54,7 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
     """
     callbacks: list[Callback] = [TQDMProgressBar(leave=True)] if bars else []
     if stage.patience is not None:
-        callbacks.append(_Patience(VALIDATION_METRIC, mode="max", patience=stage.patience))
+        callbacks.append(_Patience(stage.decay_after, monitor=VALIDATION_METRIC, mode="max", patience=stage.patience))
         callbacks.append(_keep(stage, "best", monitor=VALIDATION_METRIC, mode="max"))
     callbacks.append(_keep(stage, "last"))  # `save_last` would keep it only of the epochs that are best
     csv = CSVLogger(stage.folder / "logs", name=stage.name)  # every start writes a new version
@@ -77,11 +79,26 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
 
 
 class _Patience(EarlyStopping):
-    """Early stopping that stays stopped when a run is resumed between its last epoch and its end."""
+    """Early stopping that lowers the learning rate while it waits.
+
+    It stays stopped when a run is resumed between its last epoch and its end.
+    """
+
+    def __init__(self, decay_after: int, **options: Any):
+        super().__init__(**options)
+        self.decay_after = decay_after
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         del pl_module
         trainer.should_stop = self.wait_count >= self.patience
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Comes after the validation of the epoch, and before its checkpoint, which keeps the learning rate."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.wait_count and self.wait_count % self.decay_after == 0:
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] /= 3
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

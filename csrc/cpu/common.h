@@ -9,8 +9,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -71,15 +73,41 @@ const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// Calls f(0), ..., f(count - 1), on all cores.
-template <class F>
-void for_all(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) f(u);
+// Calls f(scratch, 0), ..., f(scratch, count - 1), on all cores, each of which takes the next one when it is done and
+// has a scratch of its own, made by make_scratch().
+template <class Make, class F>
+void for_all(int64_t count, const Make& make_scratch, const F& f) {
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(scratch, u);
   });
 }
 
+// The same without scratch: f(0), ..., f(count - 1).
+template <class F>
+void for_all(int64_t count, const F& f) {
+  for_all(count, [] { return 0; }, [&](int, int64_t u) { f(u); });
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialized memory, aligned to the widest vectors.
+template <class T>
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
+  T* data() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
 
 // Lets a kernel fill a contiguous buffer for an output whose strides may be others.
 class ContiguousOutput {

@@ -1,158 +1,49 @@
-// Residual quantization on the CPU: forward, backward, decode and statistics.
+// Residual quantization on the CPU: tensors, threads and sums over rows. The arithmetic of a block of rows is in
+// residual_quantization_simd.cpp.
 //
-// Rows are handled in blocks of kRows. For each level the block's residuals meet the codebook in panels of kLanes
-// codewords, so a distance is summed over D by the same sequence of operations whatever its row, codeword, tile or
-// thread. Sums over rows are taken per block or chunk of fixed size and added in order: any thread count gives the
-// same bits.
+// Sums over rows are taken per block or chunk of rows, whose sizes depend on the shapes alone, and added in order: any
+// thread count gives the same bits.
+#include "residual_quantization.h"
+
 #include <cmath>
-#include <limits>
 
 #include "common.h"
 
 namespace bbq {
 namespace {
 
-constexpr int64_t kRows = 4;         // rows of one register tile
-constexpr int64_t kLanes = 16;       // codewords of one register tile
-constexpr int64_t kDepth = 64;       // products summed in one go; rounding errors grow with kDepth + D / kDepth
-constexpr int64_t kBlockRows = 64;   // rows of one unit of work, and of one partial sum of the losses
-constexpr int64_t kChunkRows = 512;  // least rows of one partial sum of codebook gradients
-constexpr int64_t kMaxChunks = 64;
-
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
-static_assert(kBlockRows % kRows == 0);
-
-// While |r|² + |c|² stays below this, no partial sum of r·c overflows, and neither does the score.
-constexpr double kSafeNorm = std::numeric_limits<float>::max() / 4;
+constexpr int64_t kPackedElements = 1 << 15;  // of the codebooks, that one unit of work packs
+constexpr int64_t kWalkedElements = 1 << 15;  // of rows, that one unit of work walks where it sums over no rows
+constexpr int64_t kChunkRows = 512;           // least rows of one partial sum of codebook gradients
+constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kSliceWidth = 64;  // columns of one unit of such a sum: its part of the codebooks should fit a cache
 
 struct Shape {
   int64_t rows, levels, size, width;
+  int64_t codebook_elements() const { return levels * size * width; }
 };
 
-// Sum of squares in double, where the square of a float is exact: right to the last bit of a float.
-BBQ_INLINE double squared_norm(const float* v, int64_t n) {
-  double sums[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) sums[j] += double(v[d + j]) * v[d + j];
+const QuantizationKernels& kernels() {
+  switch (simd_target()) {
+#define BBQ_CASE(target)     \
+  case SimdTarget::target: \
+    return target::residual_quantization;
+    BBQ_FOR_SIMD_TARGETS(BBQ_CASE)
+#undef BBQ_CASE
   }
-  for (int64_t j = 0; d + j < n; ++j) sums[j] += double(v[d + j]) * v[d + j];
-  double total = 0;
-  for (int64_t j = 0; j < kLanes; ++j) total += sums[j];
-  return total;
+  throw std::logic_error("no such SIMD target");
 }
 
-// Codebooks rearranged for the search: [level][panel][D][kLanes] codewords and [level][panel][kLanes] half squared
-// norms, infinite in lanes past the last codeword.
-struct Panels {
-  int64_t count;
-  std::vector<float> words;
-  std::vector<float> half_norms;
-  std::vector<double> largest_norms;  // of each level, squared
-  bool finite = true;
-
-  Panels(const float* codebooks, const Shape& s)
-      : count(ceil_div(s.size, kLanes)),
-        words(s.levels * count * s.width * kLanes),
-        half_norms(s.levels * count * kLanes, kInfinity),
-        largest_norms(s.levels, 0.0) {
-    for (int64_t l = 0; l < s.levels; ++l) {
-      for (int64_t k = 0; k < s.size; ++k) {
-        const float* word = codebooks + (l * s.size + k) * s.width;
-        const int64_t panel = l * count + k / kLanes;
-        float* target = words.data() + panel * s.width * kLanes + k % kLanes;
-        for (int64_t d = 0; d < s.width; ++d) target[d * kLanes] = word[d];
-        const double norm = squared_norm(word, s.width);
-        finite = finite && std::isfinite(norm);  // double holds the square of every float
-        half_norms[panel * kLanes + k % kLanes] = static_cast<float>(0.5 * norm);
-        largest_norms[l] = std::max(largest_norms[l], norm);
-      }
-    }
-  }
-};
-
-// For kRows residuals, the codeword with the least |c|²/2 - r·c at one level (the distance, halved, less |r|²/2).
-BBQ_INLINE void search_tile(const float* residual, int64_t width, const float* words, const float* half_norms,
-                            int64_t panels, int64_t* codes) {
-  float best[kRows];
-  for (int64_t i = 0; i < kRows; ++i) {
-    best[i] = kInfinity;
-    codes[i] = 0;
-  }
-  for (int64_t p = 0; p < panels; ++p) {
-    Lanes dot[kRows] = {};
-    const float* panel = words + p * width * kLanes;
-    for (int64_t first = 0; first < width; first += kDepth) {
-      Lanes part[kRows] = {};
-      for (int64_t d = first; d < std::min(first + kDepth, width); ++d) {
-        Lanes word;
-        __builtin_memcpy(&word, panel + d * kLanes, sizeof(word));
-        for (int64_t i = 0; i < kRows; ++i) part[i] += word * residual[i * width + d];
-      }
-      for (int64_t i = 0; i < kRows; ++i) dot[i] += part[i];
-    }
-    for (int64_t i = 0; i < kRows; ++i) {
-      for (int64_t j = 0; j < kLanes; ++j) {
-        const float score = half_norms[p * kLanes + j] - dot[i][j];
-        if (score < best[i]) {  // false for NaN, and for a tie: the lowest index stays
-          best[i] = score;
-          codes[i] = p * kLanes + j;
-        }
-      }
-    }
-  }
-}
-
-// The same for one residual, by distances: they stay finite where a score overflows.
-int64_t search_by_distance(const float* residual, const float* words, const Shape& s) {
-  float best = kInfinity;
-  int64_t code = 0;
-  for (int64_t k = 0; k < s.size; ++k) {
-    float distance = 0;
-    for (int64_t d = 0; d < s.width; ++d) {
-      const float rest = residual[d] - words[k * s.width + d];
-      distance += rest * rest;
-    }
-    if (distance < best) {
-      best = distance;
-      code = k;
-    }
-  }
-  return code;
-}
-
-// Quantizes one block of rows in place: `residual` holds the rows, then what is left of them.
-BBQ_SIMD_CLONES void quantize_block(float* residual, float* quantized, int64_t* codes, bool* bad, double* losses,
-                                    int64_t rows, const float* codebooks, const Panels& panels, const Shape& s) {
-  double norms[kBlockRows];  // |r|² of the level
-  for (int64_t i = 0; i < rows; ++i) {
-    norms[i] = squared_norm(residual + i * s.width, s.width);
-    bad[i] = !panels.finite;
-  }
-  std::fill(quantized, quantized + rows * s.width, 0.0f);
-  for (int64_t l = 0; l < s.levels; ++l) {
-    const float* level_words = codebooks + l * s.size * s.width;
-    int64_t found[kBlockRows];
-    for (int64_t i = 0; i < rows; i += kRows) {  // rows past the last of a short block are zeros
-      search_tile(residual + i * s.width, s.width, panels.words.data() + l * panels.count * s.width * kLanes,
-                  panels.half_norms.data() + l * panels.count * kLanes, panels.count, found + i);
-    }
-    losses[l] = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      float* r = residual + i * s.width;
-      float* q = quantized + i * s.width;
-      const bool safe = norms[i] + panels.largest_norms[l] < kSafeNorm;  // false for NaN
-      if (!safe && !bad[i]) found[i] = search_by_distance(r, level_words, s);
-      const float* word = level_words + found[i] * s.width;
-      for (int64_t d = 0; d < s.width; ++d) {
-        r[d] -= word[d];
-        q[d] += word[d];
-      }
-      norms[i] = squared_norm(r, s.width);
-      bad[i] = bad[i] || !std::isfinite(static_cast<float>(norms[i]));
-      codes[i * s.levels + l] = found[i];
-      losses[l] += norms[i];
-    }
+Element element_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected dtype float32, bfloat16 or float16");
   }
 }
 
@@ -160,12 +51,6 @@ void check_upstream(const char* name, const Tensor& grad, int64_t elements, Scal
   if (grad.numel() != elements || grad.scalar_type() != dtype) {
     throw std::invalid_argument(std::string(name) + ": expected the shape and dtype of what it is the gradient of");
   }
-}
-
-// Runs f(block, first, last) over fixed blocks of rows, on all cores.
-template <class F>
-void for_blocks(int64_t rows, int64_t block_rows, const F& f) {
-  for_all(ceil_div(rows, block_rows), [&](int64_t b) { f(b, b * block_rows, std::min(rows, (b + 1) * block_rows)); });
 }
 
 // The sizes of a call. The public functions check arguments in full; this is what keeps addresses inside the tensors
@@ -191,21 +76,48 @@ Shape shape_of(const Tensor* vectors, const Tensor* codes, const Tensor& codeboo
   return s;
 }
 
-void check_codes(const int64_t* codes, int64_t n, int64_t size) {
-  int64_t low = 0, high = -1;
-  for (int64_t i = 0; i < n; ++i) {
-    low = std::min(low, codes[i]);
-    high = std::max(high, codes[i]);
-  }
-  if (low < -1 || high >= size) {
-    throw std::out_of_range("codes: got " + std::to_string(low < -1 ? low : high) + ", expected -1 to " +
-                            std::to_string(size - 1) + " (codebook_size - 1)");
-  }
+Codebooks codebooks_of(const Tensor& contiguous, const Shape& s) {
+  return {data<float>(contiguous), s.levels, s.size, s.width};
 }
+
+// ---- Quantize ----
+
+// The codebooks of a call as the search wants them, and what it must know of them.
+struct PackedCodebooks {
+  int64_t panels;
+  AlignedBuffer<float> words, half_norms;
+  std::vector<double> norms;          // (levels, panels)
+  std::vector<double> largest_norms;  // (levels)
+  double largest_norm = 0;
+  bool finite = true;
+
+  PackedCodebooks(const Codebooks& books, const QuantizationKernels& simd)
+      : panels(ceil_div(books.size, simd.panel_words)),
+        words(books.levels * panels * simd.panel_words * books.width),
+        half_norms(books.levels * panels * simd.panel_words),
+        norms(books.levels * panels),
+        largest_norms(books.levels, 0.0) {
+    const int64_t count = books.levels * panels;
+    const int64_t unit = std::max<int64_t>(1, kPackedElements / (simd.panel_words * books.width));
+    for_all(ceil_div(count, unit), [&](int64_t u) {
+      for (int64_t p = u * unit; p < std::min(count, (u + 1) * unit); ++p) {
+        simd.pack_panel(books, view(), p / panels, p % panels);
+      }
+    });
+    for (int64_t p = 0; p < count; ++p) {
+      finite = finite && std::isfinite(norms[p]);  // double holds the square of every float
+      largest_norms[p / panels] = std::max(largest_norms[p / panels], norms[p]);
+      largest_norm = std::max(largest_norm, norms[p]);
+    }
+  }
+
+  Panels view() { return {words.data(), half_norms.data(), norms.data(), panels}; }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) {
   using namespace torch::stable;
   const Shape s = shape_of(&x, nullptr, codebooks);
+  const Element element = element_of("x", x);
   const Tensor rows = contiguous(x), books = contiguous(codebooks);
   std::vector<int64_t> code_sizes(x.sizes().begin(), x.sizes().end());
   code_sizes.back() = s.levels;
@@ -213,77 +125,139 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
   Tensor losses = new_empty(books, {s.levels});
   ContiguousOutput quantized(empty_like(x));
 
-  const float* book_data = data<float>(books);
-  const Panels panels(book_data, s);
+  const QuantizationKernels& simd = kernels();
+  PackedCodebooks packed(codebooks_of(books, s), simd);
+  if (!packed.finite) {  // every row is bad
+    fill_(quantized.buffer(), kNaN);
+    fill_(codes, -1);
+    fill_(losses, s.rows == 0 ? 0.0f : kNaN);
+    return {quantized.finish(), codes, losses, clone(losses)};
+  }
+
+  const int64_t blocks = ceil_div(s.rows, kBlockRows), row_bytes = s.width * x.element_size();
+  std::vector<double> partials(blocks * s.levels);
+  std::atomic<bool> any_bad{false};
+  QuantizeBlock call{};
+  call.element = element;
+  call.books = codebooks_of(books, s);
+  call.panels = packed.view();
+  call.largest_norms = packed.largest_norms.data();
+  // A row has at most `width + 64` partial sums of squares: below this, |r|² stays below half of kSafeNorm.
+  const bool safe = packed.largest_norm < kSafeNorm / 2;
+  call.safe_square = safe ? static_cast<float>(kSafeNorm / 2 / static_cast<double>(s.width + 64)) : 0.0f;
+  const char* in = static_cast<const char*>(rows.const_data_ptr());
+  char* out = static_cast<char*>(quantized.buffer().mutable_data_ptr());
   int64_t* code_data = static_cast<int64_t*>(codes.mutable_data_ptr());
-  std::vector<double> partials(ceil_div(s.rows, kBlockRows) * s.levels);
-  std::vector<char> block_bad(ceil_div(s.rows, kBlockRows), 0);
-  dispatch_float(x.scalar_type(), "x", [&](auto type) {
-    using T = decltype(type);
-    const T* x_data = data<T>(rows);
-    T* out = static_cast<T*>(quantized.buffer().mutable_data_ptr());
-    for_blocks(s.rows, kBlockRows, [&](int64_t b, int64_t first, int64_t last) {
-      std::vector<float> residual(kBlockRows * s.width, 0.0f), sum(kBlockRows * s.width);
-      bool bad[kBlockRows];
-      load_row(x_data + first * s.width, residual.data(), (last - first) * s.width);
-      quantize_block(residual.data(), sum.data(), code_data + first * s.levels, bad, &partials[b * s.levels],
-                     last - first, book_data, panels, s);
-      for (int64_t i = first; i < last; ++i) {
-        float* q = sum.data() + (i - first) * s.width;
-        if (bad[i - first]) {
-          block_bad[b] = 1;
-          std::fill(q, q + s.width, kNaN);
-          std::fill(code_data + i * s.levels, code_data + (i + 1) * s.levels, int64_t{-1});
-        }
-        store_row(q, out + i * s.width, s.width);
-      }
-    });
-  });
-  const bool any_bad = std::any_of(block_bad.begin(), block_bad.end(), [](char c) { return c != 0; });
+  for_all(
+      blocks, [&] { return AlignedBuffer<float>(ceil_div(s.width, kDepth) * kBlockRows * kDepth); },
+      [&](AlignedBuffer<float>& residual, int64_t b) {
+        QuantizeBlock block = call;
+        const int64_t first = b * kBlockRows;
+        bool bad = false;
+        block.rows = std::min(kBlockRows, s.rows - first);
+        block.x = in + first * row_bytes;
+        block.quantized = out + first * row_bytes;
+        block.codes = code_data + first * s.levels;
+        block.losses = partials.data() + b * s.levels;
+        block.any_bad = &bad;
+        block.residual = residual.data();
+        simd.quantize(block);
+        if (bad) any_bad = true;
+      });
+
   float* loss_data = static_cast<float*>(losses.mutable_data_ptr());
   for (int64_t l = 0; l < s.levels; ++l) {
     double total = 0;
-    for (size_t b = 0; b < block_bad.size(); ++b) total += partials[b * s.levels + l];
+    for (int64_t b = 0; b < blocks; ++b) total += partials[b * s.levels + l];
     const double mean = s.rows == 0 ? 0.0 : total / (static_cast<double>(s.rows) * s.width);
     loss_data[l] = any_bad ? kNaN : static_cast<float>(mean);
   }
   return {quantized.finish(), codes, losses, clone(losses)};
 }
 
-// Rebuilds the residuals of a row level by level. f(level, code, r_level, r_next) sees those of valid codes.
-template <class F>
-BBQ_INLINE void walk_residuals(const float* row, float* residual, float* next, const int64_t* codes,
-                               const float* codebooks, const Shape& s, const F& f) {
-  std::copy(row, row + s.width, residual);
-  for (int64_t l = 0; l < s.levels; ++l) {
-    if (codes[l] < 0) continue;
-    const float* word = codebooks + (l * s.size + codes[l]) * s.width;
-    for (int64_t d = 0; d < s.width; ++d) next[d] = residual[d] - word[d];
-    f(l, codes[l], residual, next);
-    std::swap(residual, next);
-  }
-}
+// ---- Walks along codes ----
 
-// Sums vectors of rows into `total (L, K, D)`: each chunk of rows has its own partial sum, added in order. The number
-// of chunks depends on the sizes alone, and their partial sums stay below N·D elements.
-template <class F>
-void sum_into_codebooks(float* total, const Shape& s, const F& add_rows) {
-  const int64_t elements = s.levels * s.size * s.width;
-  const int64_t affordable = std::max<int64_t>(1, s.rows * s.width / elements);
-  const int64_t chunks = std::min({affordable, kMaxChunks, std::max<int64_t>(1, ceil_div(s.rows, kChunkRows))});
-  const int64_t chunk_rows = std::max<int64_t>(1, ceil_div(s.rows, chunks));
-  std::fill(total, total + elements, 0.0f);
-  std::vector<float> partials((chunks - 1) * elements, 0.0f);  // the first chunk sums into `total`
-  for_blocks(s.rows, chunk_rows, [&](int64_t c, int64_t first, int64_t last) {
-    add_rows(c == 0 ? total : partials.data() + (c - 1) * elements, first, last);
-  });
-  torch::stable::parallel_for(0, elements, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t c = 0; c + 1 < chunks; ++c) {
-      const float* partial = partials.data() + c * elements;
-      for (int64_t e = begin; e < end; ++e) total[e] += partial[e];
-    }
-  });
-}
+// What a walk reads, and how it is cut into units.
+class Walks {
+ public:
+  // `vectors` may be missing, where only codes are walked.
+  Walks(const Shape& s, const Tensor* vectors, Element element, const Tensor& codes, const Tensor& books)
+      : s_(s), row_bytes_(vectors ? s.width * vectors->element_size() : 0) {
+    all_.x = vectors ? vectors->const_data_ptr() : nullptr;
+    all_.element = element;
+    all_.codes = data<int64_t>(codes);
+    all_.books = codebooks_of(books, s);
+  }
+
+  // Calls f(walk, first row) for units of whole rows.
+  template <class F>
+  void for_rows(const F& f) {
+    const int64_t rows = std::max<int64_t>(1, kWalkedElements / s_.width);
+    for_all(ceil_div(s_.rows, rows), [&](int64_t u) { run(u * rows, rows, 0, s_.width, f); });
+    throw_if_invalid();
+  }
+
+  // Sums into `total`, like the codebooks: f(walk, first row, target, chunk) adds to its columns of `target`, which
+  // are zero before. Each chunk of rows has a target of its own, and they are added in order. The number of chunks
+  // depends on the sizes alone, and their targets hold fewer than N·D elements.
+  template <class F>
+  void for_sums(float* total, const F& f) {
+    const int64_t elements = s_.codebook_elements(), chunks = chunk_count(s_);
+    const int64_t rows = ceil_div(s_.rows, chunks), slices = ceil_div(s_.width, kSliceWidth);
+    AlignedBuffer<float> partials((chunks - 1) * elements);  // the first chunk sums into `total`
+    for_all(chunks * slices, [&](int64_t u) {
+      const int64_t c = u / slices, begin = u % slices * kSliceWidth, end = std::min(s_.width, begin + kSliceWidth);
+      float* target = c == 0 ? total : partials.data() + (c - 1) * elements;
+      for (int64_t w = 0; w < s_.levels * s_.size; ++w) {
+        std::fill(target + w * s_.width + begin, target + w * s_.width + end, 0.0f);
+      }
+      run(c * rows, rows, begin, end, [&](const Walk& walk, int64_t first) { f(walk, first, target, c); });
+    });
+    throw_if_invalid();
+    if (chunks == 1) return;
+    constexpr int64_t kElements = 4096;
+    for_all(ceil_div(elements, kElements), [&](int64_t u) {
+      const int64_t begin = u * kElements, end = std::min(elements, begin + kElements);
+      for (int64_t c = 0; c + 1 < chunks; ++c) {
+        const float* partial = partials.data() + c * elements;
+        for (int64_t e = begin; e < end; ++e) total[e] += partial[e];
+      }
+    });
+  }
+
+  static int64_t chunk_count(const Shape& s) {
+    const int64_t rows = std::max(kChunkRows, s.size * std::max<int64_t>(8, s.levels));
+    return std::clamp<int64_t>(s.rows / rows, 1, kMaxChunks);
+  }
+
+ private:
+  template <class F>
+  void run(int64_t first, int64_t rows, int64_t begin, int64_t end, const F& f) {
+    bool valid = true;
+    Walk walk = all_;
+    walk.x = static_cast<const char*>(all_.x) + first * row_bytes_;
+    walk.codes += first * s_.levels;
+    walk.rows = std::min(rows, s_.rows - first);
+    walk.begin = begin;
+    walk.end = end;
+    walk.codes_valid = &valid;
+    if (walk.rows > 0) f(walk, first);
+    if (!valid) invalid_ = true;
+  }
+
+  // A throw inside for_all would lose its message.
+  void throw_if_invalid() const {
+    if (!invalid_) return;
+    const auto [low, high] = std::minmax_element(all_.codes, all_.codes + s_.rows * s_.levels);
+    throw std::out_of_range("codes: got " + std::to_string(*low < -1 ? *low : *high) + ", expected -1 to " +
+                            std::to_string(s_.size - 1) + " (codebook_size - 1)");
+  }
+
+  Shape s_;
+  int64_t row_bytes_;
+  Walk all_{};
+  std::atomic<bool> invalid_{false};
+};
 
 std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& grad, const Shape& s) {
   std::vector<float> scales(s.levels, 0.0f);
@@ -306,81 +280,43 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
   const std::vector<float> x_scales = loss_scales("grad_commitment_loss", grad_commitment_loss, s);
   const std::vector<float> book_scales = loss_scales("grad_codebook_loss", grad_codebook_loss, s);
-  const float* book_data = data<float>(books);
-  const int64_t* code_data = data<int64_t>(dense_codes);
-  check_codes(code_data, s.rows * s.levels, s.size);
-  if (grad_quantized) check_upstream("grad_quantized", *grad_quantized, x.numel(), x.scalar_type());
-  Tensor grad_x = need_x ? empty_like(x) : new_empty(x, {0});
-  Tensor grad_books = need_codebooks ? empty_like(codebooks) : new_empty(codebooks, {0});
+  std::optional<Tensor> upstream;
+  if (grad_quantized.has_value()) {
+    check_upstream("grad_quantized", *grad_quantized, x.numel(), x.scalar_type());
+    if (need_x) upstream = contiguous(*grad_quantized);
+  }
+  ContiguousOutput grad_x(need_x ? empty_like(x) : new_empty(x, {0}));
+  ContiguousOutput grad_books(need_codebooks ? empty_like(codebooks) : new_empty(codebooks, {0}));
 
-  dispatch_float(x.scalar_type(), "x", [&](auto type) {
-    using T = decltype(type);
-    const T* x_data = data<T>(rows);
-    if (need_x) {
-      std::optional<Tensor> upstream;
-      if (grad_quantized.has_value()) upstream = contiguous(*grad_quantized);
-      const T* up = upstream.has_value() ? data<T>(*upstream) : nullptr;
-      ContiguousOutput output(grad_x);
-      T* out = static_cast<T*>(output.buffer().mutable_data_ptr());
-      for_blocks(s.rows, kBlockRows, [&](int64_t, int64_t first, int64_t last) {
-        std::vector<float> scratch(4 * s.width);
-        float *row = scratch.data(), *a = row + s.width, *b = a + s.width, *sum = b + s.width;
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t* row_codes = code_data + i * s.levels;
-          load_row(x_data + i * s.width, row, s.width);
-          if (up) {
-            load_row(up + i * s.width, sum, s.width);
-          } else {
-            std::fill(sum, sum + s.width, 0.0f);
-          }
-          walk_residuals(row, a, b, row_codes, book_data, s, [&](int64_t l, int64_t, const float*, const float* next) {
-            add_scaled(sum, next, x_scales[l], s.width);
-          });
-          if (row_codes[0] < 0) std::fill(sum, sum + s.width, kNaN);
-          store_row(sum, out + i * s.width, s.width);
-        }
-      });
-      grad_x = output.finish();
-    }
-    if (need_codebooks) {
-      ContiguousOutput output(grad_books);
-      float* total = static_cast<float*>(output.buffer().mutable_data_ptr());
-      sum_into_codebooks(total, s, [&](float* target, int64_t first, int64_t last) {
-        std::vector<float> scratch(3 * s.width);
-        float *row = scratch.data(), *a = row + s.width, *b = a + s.width;
-        for (int64_t i = first; i < last; ++i) {
-          load_row(x_data + i * s.width, row, s.width);
-          walk_residuals(row, a, b, code_data + i * s.levels, book_data, s,
-                         [&](int64_t l, int64_t code, const float*, const float* next) {
-                           add_scaled(target + (l * s.size + code) * s.width, next, -book_scales[l], s.width);
-                         });
-        }
-      });
-      grad_books = output.finish();
-    }
-  });
-  return {grad_x, grad_books};
+  const QuantizationKernels& simd = kernels();
+  Walks walks(s, &rows, element_of("x", x), dense_codes, books);
+  const int64_t row_bytes = s.width * x.element_size();
+  const char* up = upstream ? static_cast<const char*>(upstream->const_data_ptr()) : nullptr;
+  char* out = need_x ? static_cast<char*>(grad_x.buffer().mutable_data_ptr()) : nullptr;
+  const auto run = [&](const Walk& walk, int64_t first, float* target) {
+    simd.quantize_backward({walk, up ? up + first * row_bytes : nullptr, out ? out + first * row_bytes : nullptr,
+                            x_scales.data(), target, book_scales.data()});
+  };
+  if (need_codebooks) {
+    walks.for_sums(static_cast<float*>(grad_books.buffer().mutable_data_ptr()),
+                   [&](const Walk& walk, int64_t first, float* target, int64_t) { run(walk, first, target); });
+  } else if (need_x) {
+    walks.for_rows([&](const Walk& walk, int64_t first) { run(walk, first, nullptr); });
+  }
+  return {grad_x.finish(), grad_books.finish()};
 }
 
 Tensor decode(Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
   const Shape s = shape_of(nullptr, &codes, codebooks);
   const Tensor books = contiguous(codebooks), dense_codes = contiguous(codes);
-  const int64_t* code_data = data<int64_t>(dense_codes);
-  check_codes(code_data, s.rows * s.levels, s.size);
   std::vector<int64_t> sizes(codes.sizes().begin(), codes.sizes().end());
   sizes.back() = s.width;
   Tensor output = new_empty(books, sizes);
-  const float* book_data = data<float>(books);
   float* out = static_cast<float*>(output.mutable_data_ptr());
-  for_blocks(s.rows, kBlockRows, [&](int64_t, int64_t first, int64_t last) {
-    std::fill(out + first * s.width, out + last * s.width, 0.0f);
-    for (int64_t i = first; i < last; ++i) {
-      for (int64_t l = 0; l < s.levels; ++l) {
-        const int64_t code = code_data[i * s.levels + l];
-        if (code >= 0) add_scaled(out + i * s.width, book_data + (l * s.size + code) * s.width, 1.0f, s.width);
-      }
-    }
+  const QuantizationKernels& simd = kernels();
+  Walks(s, nullptr, Element::kFloat32, dense_codes, books).for_rows([&](const Walk& walk, int64_t first) {
+    simd.decode(walk, out + first * s.width);
   });
   return output;
 }
@@ -389,20 +325,12 @@ Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
   const Shape s = shape_of(&grad, &codes, codebooks);
   check_upstream("grad", grad, s.rows * s.width, ScalarType::Float);
-  const Tensor dense = contiguous(grad), dense_codes = contiguous(codes);
-  const int64_t* code_data = data<int64_t>(dense_codes);
-  check_codes(code_data, s.rows * s.levels, s.size);
-  const float* grad_data = data<float>(dense);
+  const Tensor dense = contiguous(grad), books = contiguous(codebooks), dense_codes = contiguous(codes);
   ContiguousOutput output(empty_like(codebooks));
-  float* total = static_cast<float*>(output.buffer().mutable_data_ptr());
-  sum_into_codebooks(total, s, [&](float* target, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      for (int64_t l = 0; l < s.levels; ++l) {
-        const int64_t code = code_data[i * s.levels + l];
-        if (code >= 0) add_scaled(target + (l * s.size + code) * s.width, grad_data + i * s.width, 1.0f, s.width);
-      }
-    }
-  });
+  const QuantizationKernels& simd = kernels();
+  Walks(s, &dense, Element::kFloat32, dense_codes, books)
+      .for_sums(static_cast<float*>(output.buffer().mutable_data_ptr()),
+                [&](const Walk& walk, int64_t, float* target, int64_t) { simd.decode_backward(walk, target); });
   return output.finish();
 }
 
@@ -410,32 +338,21 @@ std::tuple<Tensor, Tensor> statistics(Tensor x, Tensor codes, Tensor codebooks) 
   using namespace torch::stable;
   const Shape s = shape_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
-  const int64_t* code_data = data<int64_t>(dense_codes);
-  check_codes(code_data, s.rows * s.levels, s.size);
-  Tensor counts = new_zeros(books, {s.levels, s.size}), sums = new_empty(books, {s.levels, s.size, s.width});
-  const float* book_data = data<float>(books);
-  std::vector<int64_t> exact(s.levels * s.size, 0);  // a float stops counting at 2^24
-  for (int64_t i = 0; i < s.rows * s.levels; ++i) {
-    if (code_data[i] >= 0) ++exact[(i % s.levels) * s.size + code_data[i]];
-  }
+  Tensor counts = new_empty(books, {s.levels, s.size}), sums = new_empty(books, {s.levels, s.size, s.width});
+  const QuantizationKernels& simd = kernels();
+  const int64_t words = s.levels * s.size, chunks = Walks::chunk_count(s);
+  std::vector<int64_t> partials(chunks * words, 0);  // a float stops counting at 2^24
+  Walks(s, &rows, element_of("x", x), dense_codes, books)
+      .for_sums(static_cast<float*>(sums.mutable_data_ptr()),
+                [&](const Walk& walk, int64_t, float* target, int64_t chunk) {
+                  simd.statistics(walk, target, walk.begin == 0 ? partials.data() + chunk * words : nullptr);
+                });
   float* count_data = static_cast<float*>(counts.mutable_data_ptr());
-  for (size_t i = 0; i < exact.size(); ++i) count_data[i] = static_cast<float>(exact[i]);
-  dispatch_float(x.scalar_type(), "x", [&](auto type) {
-    using T = decltype(type);
-    const T* x_data = data<T>(rows);
-    sum_into_codebooks(static_cast<float*>(sums.mutable_data_ptr()), s,
-                       [&](float* target, int64_t first, int64_t last) {
-                         std::vector<float> scratch(3 * s.width);
-                         float *row = scratch.data(), *a = row + s.width, *b = a + s.width;
-                         for (int64_t i = first; i < last; ++i) {
-                           load_row(x_data + i * s.width, row, s.width);
-                           walk_residuals(row, a, b, code_data + i * s.levels, book_data, s,
-                                          [&](int64_t l, int64_t code, const float* residual, const float*) {
-                                            add_scaled(target + (l * s.size + code) * s.width, residual, 1.0f, s.width);
-                                          });
-                         }
-                       });
-  });
+  for (int64_t w = 0; w < words; ++w) {
+    int64_t total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += partials[c * words + w];
+    count_data[w] = static_cast<float>(total);
+  }
   return {counts, sums};
 }
 

@@ -53,6 +53,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def timed_data(tiny_data: Dataset) -> Dataset:
+    """The same with timestamps: an hour between one interaction and the next."""
+    times = 3600 * np.arange(len(tiny_data.histories.items))
+    return replace(tiny_data, histories=replace(tiny_data.histories, timestamps=times))
+
+
+@pytest.fixture(scope="session")
 def bbqrec_run(tiny_data: Dataset, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return _run("bbqrec", tiny_data, tiny_config, tmp_path_factory)
 

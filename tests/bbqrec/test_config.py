@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from bbqrec.config import DEFAULTS_OF_MODEL, Config, ModelConfig, flat_options, option_names
+from bbqrec.config import DEFAULTS_OF_MODEL, Config, ModelConfig, TokenizerConfig, flat_options, option_names
 
 
 def test_saved_options_load_again(tmp_path):
@@ -95,7 +95,7 @@ def test_options_that_were_given_hold_whatever_the_model():
     after = after.override({"model_name": "tiger"})
     assert before == after
     assert (after.tokenizer.shared_codebooks, after.tokenizer.levels, after.model.max_length) == (True, 4, 50)
-    assert after.tokenizer.codebook_size == DEFAULTS_OF_MODEL["tiger"]["tokenizer"]["codebook_size"]
+    assert after.tokenizer.codebook_size == TokenizerConfig().codebook_size
 
 
 def test_another_model_chosen_later_has_other_defaults():
@@ -137,6 +137,8 @@ def test_a_file_of_all_options_gives_them_all(tmp_path):
         ("tiger", "model.cross_modal=true", False),
         ("bbqrec", "model.beam=20", 50),
         ("sasrec", "model.beam=20", 50),
+        ("sasrec", "model.reweighting=false", True),
+        ("tiger", "model.relative_time=true", False),
     ],
 )
 def test_what_a_model_does_not_read_is_refused(model, option, default):

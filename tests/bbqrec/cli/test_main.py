@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
@@ -52,7 +54,7 @@ app(["evaluate", "nowhere"])
     assert result.stdout.split() == [used]
 
 
-@pytest.mark.parametrize("command", ["fit", "evaluate", "recommend", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["fit", "tokenize", "evaluate", "recommend", "demo", "doctor"])
 def test_every_command_explains_itself(command):
     assert "Usage:" in succeed(command, "--help")
 
@@ -76,6 +78,85 @@ def test_fit_evaluate_recommend(tiny_data, tiny_config, tmp_path):
         "evaluate", tmp_path / "run", "--split", "validation", "--keep-history", "--data", tiny_data.path
     )
     assert "history kept" in validation
+
+
+def test_tokenize(tiny_data, tiny_config, tmp_path):
+    tiny_config.save(tmp_path / "options.yaml")
+    command = ["tokenize", "--data", tiny_data.path, "--out", tmp_path / "run", "--config", tmp_path / "options.yaml"]
+    figures = json.loads(succeed(*command, "--json"))
+    text = succeed(*command)  # done: reports
+    for value in (*figures["usage"], *figures["reconstruction"].values(), figures["collision_rate"]):
+        assert f"{value:.1%}" in text
+    assert f"{figures['agreement']:.1%}" in text
+    table = pl.read_parquet(tmp_path / "run" / "semantic_ids.parquet")
+    assert table["item"].to_list() == tiny_data.item_ids
+    assert table["codes/text"].list.len().unique().to_list() == [3]
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def features(change):
+    def spoil(folder):
+        np.save(folder / "features" / "text.npy", change(np.load(folder / "features" / "text.npy")))
+
+    return spoil
+
+
+def repeat_an_item(folder):
+    items = pl.read_parquet(folder / "items.parquet")
+    pl.concat([items, items[:1]]).write_parquet(folder / "items.parquet")
+
+
+def keep_interactions(condition):
+    def spoil(folder):
+        path = folder / "interactions.parquet"
+        pl.read_parquet(path).filter(condition).write_parquet(path)
+
+    return spoil
+
+
+def add_an_unknown_item(folder):
+    path = folder / "interactions.parquet"
+    table = pl.read_parquet(path)
+    pl.concat([table, table[:1].with_columns(item=pl.lit("no-such-item"))]).write_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "shop does not exist; give the folder of a data set"),
+        (write("interactions.parquet", ""), "interactions.parquet: cannot be read"),
+        (keep_interactions(pl.lit(False)), "interactions.parquet: has no rows"),
+        (features(lambda rows: rows[:-1]), "text.npy: got 59 rows, expected 60 (one for each line of text.items.txt)"),
+        (
+            features(lambda rows: np.where(np.arange(60)[:, None] == 6, np.nan, rows)),
+            "text.npy: row 7 (counted from 1)",
+        ),
+        (add_an_unknown_item, "has item 'no-such-item', which items.parquet"),
+        (keep_interactions(pl.int_range(pl.len()).over("user") < 1), "no user of shop has three interactions"),
+        (repeat_an_item, "items.parquet: 'item-0000' appears twice, in rows 1 and 61"),
+    ],
+)
+def test_data_that_cannot_be_used_is_one_sentence_and_leaves_no_run_folder(spoil, message, tiny_data, tmp_path):
+    tiny_data.save(tmp_path / "shop")
+    spoil(tmp_path / "shop")
+    for command in ("fit", "tokenize"):
+        result = call(command, "--data", tmp_path / "shop", "--out", tmp_path / "run")
+        assert result.exit_code == 1, result.exception
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_of_another_data_set_is_refused(bbqrec_run, tiny_data, tmp_path):
+    tiny_data.save(tmp_path / "shop")
+    keep_interactions(pl.col("user") != tiny_data.user_ids[0])(tmp_path / "shop")
+    result = call("fit", "--data", tmp_path / "shop", "--out", bbqrec_run.folder)
+    assert result.exit_code == 1
+    assert "holds a run of tiny" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_tiger_by_command(tiny_data, tmp_path):
@@ -136,6 +217,9 @@ def test_a_history_is_read_in_the_order_written(bbqrec_run, tiny_data):
     ]
     for way in ways:
         assert json.loads(succeed("recommend", *way, "--json"))["history"] == [a, b, c], way
+    refused = call("recommend", run, a, b, c, "--timestamps", "1,2,3")
+    assert "timestamps: got some, expected None, as this model reads no times" in refused.stderr
+    assert "expected whole numbers" in call("recommend", run, a, b, c, "--timestamps", "1,2,noon").stderr
     kept = json.loads(succeed("recommend", run, a, b, c, "-k", tiny_data.n_items, "--keep-history", "--json"))
     assert {a, b, c} <= {row["item"] for row in kept["items"]}
 

@@ -1,5 +1,7 @@
 """The sequence model: what a score may depend on, what each switch does, and that zero tables change nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +25,9 @@ def model(ids="both", trained_tables=True, **options):
     torch.manual_seed(0)
     options = {"dim": 16, "layers": 2, "heads": 2, "max_length": 12, **options}
     made = SequenceModel(N_ITEMS, ModelConfig(**options), semantic_ids() if ids == "both" else ids).eval()
-    if made.tables is not None and trained_tables:
-        torch.nn.init.normal_(made.tables)
+    for tables in (made.tables, made.position_tables, made.time_tables):
+        if tables is not None and trained_tables:
+            torch.nn.init.normal_(tables)
     return made
 
 
@@ -105,6 +108,7 @@ def test_everything_learns(training_batch):
         {"content": False},
         {"reweighting": False},
         {"cross_modal": False},
+        {"cosine_output": True},
         {"layers": 1},
         {"heads": 4},
         {"max_length": 5},
@@ -156,17 +160,65 @@ def test_item_vectors_are_content_and_id():
 
 
 def test_attention_channels():
-    assert attention_channels(2, cross_modal=True) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert attention_channels(2, cross_modal=False) == [(0, 0), (1, 1)]
-    assert attention_channels(3, cross_modal=True) == [(0, 0), (1, 1), (2, 2)]  # nine do not fit the operator
+    def channels(modalities, **options):
+        return attention_channels(modalities, ModelConfig(**options))
+
+    assert channels(2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert channels(2, cross_modal=False) == [(0, 0), (1, 1)]
+    assert channels(3) == [(0, 0), (1, 1), (2, 2)]  # nine do not fit the operator
 
 
-def test_more_modalities_than_attention_compares():
-    eight, nine = (semantic_ids([f"m{m}" for m in range(n)]) for n in (8, 9))
-    assert model(eight).score(packed([3, 1])).isfinite().all()
-    with pytest.raises(ValueError, match=r"tokenizer\.modalities: got 9, expected at most 8"):
-        model(nine)
-    assert model(nine, reweighting=False).score(packed([3, 1])).isfinite().all()
+@pytest.mark.parametrize(
+    ("most", "options"),
+    [
+        (8, {"relative_position": False}),
+        (7, {"relative_position": True}),
+        (6, {"relative_position": True, "relative_time": True}),
+    ],
+)
+def test_more_modalities_than_attention_compares(most, options):
+    as_many, too_many = (semantic_ids([f"m{m}" for m in range(n)]) for n in (most, most + 1))
+    batch = replace(packed([3, 1]), timestamps=torch.tensor([100, 160]))
+    assert model(as_many, **options).score(batch).isfinite().all()
+    with pytest.raises(ValueError, match=rf"tokenizer\.modalities: got {most + 1}, expected at most {most} "):
+        model(too_many, **options)
+    assert model(too_many, reweighting=False, **options).score(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("ids", ["both", None])
+def test_places_between_items_change_the_scores(ids):
+    usual, made = model(ids, layers=1), model(ids, layers=1, relative_position=True, trained_tables=False)
+    made.load_state_dict(usual.state_dict(), strict=False)
+    batch = packed(*HISTORIES)
+    assert torch.equal(made.score(batch), usual.score(batch))  # tables of zeros
+    with torch.no_grad():
+        made.position_tables[..., 2:] = -torch.inf  # nothing but the item itself and the one before
+    made.transformer.positions.data[:] = 0
+    torch.testing.assert_close(made(packed([3, 1, 4, 1]))[-2:], made(packed([5, 1, 4, 1]))[-2:])
+    assert not torch.allclose(made(packed([3, 1, 4, 1]))[1], made(packed([5, 1, 4, 1]))[1], atol=1e-3)
+
+
+def test_times_between_items_change_the_scores():
+    ranker = model(relative_time=True)
+    batch = packed([3, 1, 4])
+    with pytest.raises(ValueError, match=r"timestamps: got none, expected the time of every interaction"):
+        ranker.score(batch)
+    near, shifted, far = (replace(batch, timestamps=torch.tensor(t)) for t in ([0, 5, 9], [7, 12, 16], [0, 5, 9000]))
+    assert torch.equal(ranker.score(near), ranker.score(shifted))
+    assert not torch.allclose(ranker.score(near), ranker.score(far), atol=1e-3)
+
+
+def test_a_cosine_knows_no_length(training_batch):
+    ranker = model(cosine_output=True, output_scale=7.0)
+    batch = packed(*HISTORIES)
+    scores = ranker.score(batch)
+    hidden = ranker(batch)[batch.last]
+    cosines = torch.nn.functional.cosine_similarity(hidden[:, None], ranker.item_vectors()[None], dim=-1)
+    torch.testing.assert_close(scores, 7 * cosines)
+    assert scores.abs().max() <= 7.0001
+    torch.testing.assert_close(model(cosine_output=True, output_scale=14.0).score(batch), 2 * scores)
+    ranker.loss(training_batch(*HISTORIES[2:])).backward()
+    assert ranker.item_id.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("ids", ["both", None])

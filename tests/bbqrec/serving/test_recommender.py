@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bbqrec import BBQRec
+from bbqrec import BBQRec, fit
 from bbqrec.data.batches import pack_histories
 from bbqrec.models.sequence_model import SequenceModel
 
@@ -110,6 +110,20 @@ def test_unfinished_run(bbqrec_run, tmp_path):
     copy = shutil.copytree(bbqrec_run.folder, tmp_path / "unfinished", ignore=shutil.ignore_patterns(*late))
     with pytest.raises(ValueError, match="is unfinished"):
         BBQRec.load(copy)
+
+
+def test_a_model_that_reads_times_wants_one_for_each_item(timed_data, tiny_config, tmp_path, histories, model):
+    config = tiny_config.override({"model.relative_time": True, "tokenizer.epochs": 1, "training.epochs": 1})
+    timed = BBQRec.load(fit(timed_data, tmp_path / "run", config=config, progress=False).folder)
+    torch.nn.init.normal_(timed.model.time_tables)
+    soon, late = ([[day * n**2 for n in range(len(h))] for h in histories] for day in (1, 10**6))
+    assert timed.recommend(histories, timestamps=soon) != timed.recommend(histories, timestamps=late)
+    with pytest.raises(ValueError, match="timestamps: got None, expected one for each item"):
+        timed.recommend(histories)
+    with pytest.raises(ValueError, match="timestamps: got other numbers of them than of items"):
+        timed.recommend(histories, timestamps=[[1], [1], [1]])
+    with pytest.raises(ValueError, match="timestamps: got some, expected None, as this model reads no times"):
+        model.recommend(histories, timestamps=soon)
 
 
 def test_tiger_recommends_what_its_search_finds(tiger_run, histories, tiny_data):

@@ -32,7 +32,8 @@ def test_collisions_and_agreement(semantic_ids):
 
 def test_agreement_without_complete_items_is_undefined():
     codes = torch.tensor([[[0], [-1]], [[-1], [0]]])
-    assert math.isnan(SemanticIDs(("text", "image"), codes, torch.zeros(1, 1, 4, 5)).agreement())
+    assert SemanticIDs(("text", "image"), codes, torch.zeros(1, 1, 4, 5)).agreement() is None
+    assert SemanticIDs(("text",), codes[:, :1], torch.zeros(1, 1, 4, 5)).agreement() is None
 
 
 def test_text(semantic_ids):

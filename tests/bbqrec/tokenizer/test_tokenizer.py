@@ -58,8 +58,9 @@ def quantize(z, codebook):
     return added, rests
 
 
-def test_reconstruction_and_quantization_are_their_formulas(batch):
-    model = tokenizer()
+@pytest.mark.parametrize(("ema_decay", "factor"), [(None, 1.25), (0.9, 0.25)])
+def test_reconstruction_and_quantization_are_their_formulas(ema_decay, factor, batch):
+    model = tokenizer(ema_decay=ema_decay)
     losses = model.losses(ITEMS, batch)
     reconstruction = quantization = 0.0
     with torch.no_grad():
@@ -68,8 +69,8 @@ def test_reconstruction_and_quantization_are_their_formulas(batch):
             added, rests = quantize(model.encoders[m](x), model.codebook(m))
             guess = model.decoders[m](torch.cat([added, model.specific[m](x)], 1))
             reconstruction += (guess - x).square().mean().item()
-            quantization += 1.25 * sum(rests).item()
-        quantization += 1.25 * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook(BEHAVIOUR))[1]).item()
+            quantization += factor * sum(rests).item()
+        quantization += factor * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook(BEHAVIOUR))[1]).item()
     assert losses["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-4)
     assert losses["quantization"].item() == pytest.approx(quantization, rel=1e-4)
 
@@ -117,7 +118,7 @@ def test_each_weight_scales_its_loss_and_zero_removes_it(name, batch):
 
 
 def test_the_losses_and_the_estimators_train_apart(batch):
-    model = tokenizer()
+    model = tokenizer(ema_decay=None)
     sum(model.losses(ITEMS, batch).values()).backward()
     estimators = {id(p) for p in model.mutual_information.parameters()}
     assert estimators
@@ -138,18 +139,90 @@ def test_disentangling_off_has_no_specific_part(batch):
 
 def test_separate_codebooks():
     model = tokenizer(shared_codebooks=False)
-    assert model.codebooks.shape == (3, 2, 4, 8)
-    text, image, behaviour = model.codebooks
-    assert torch.equal(model.codebook(TEXT), text)
-    assert torch.equal(model.codebook(IMAGE), image)
-    assert torch.equal(model.codebook(BEHAVIOUR), behaviour)
+    text, image, behaviour = (quantizer.codebooks for quantizer in model.quantizers)
+    assert text.shape == (2, 4, 8)
+    assert model.codebook(TEXT) is text
+    assert model.codebook(IMAGE) is image
+    assert model.codebook(BEHAVIOUR) is behaviour
     assert not torch.equal(text, image)
     assert not torch.equal(image, behaviour)
-    assert tokenizer().codebooks.shape == (1, 2, 4, 8)
+    assert len(tokenizer().quantizers) == 1
     semantic_ids = model.semantic_ids()
-    assert torch.equal(semantic_ids.codebooks, model.codebooks[:2])
+    assert torch.equal(semantic_ids.codebooks, torch.stack([text, image]))
     z = model.encoders[IMAGE](model.features(IMAGE))
     assert torch.equal(quantize(z, model.codebook(IMAGE))[0], quantize(z, semantic_ids.codebooks[1])[0])
+
+
+def test_separate_codebooks_have_the_losses_of_their_sources(batch):
+    model = tokenizer(shared_codebooks=False)
+    with torch.no_grad():
+        z = [encode(model.features(m)[ITEMS]) for m, encode in enumerate(model.encoders)]
+        z.append(model.behaviour_vectors()[ITEMS])
+        expected = sum(
+            sum(quantize(rows, model.codebook(m))[1]) for m, rows in zip((TEXT, IMAGE, BEHAVIOUR), z, strict=True)
+        )
+    assert model.losses(ITEMS, batch)["quantization"].item() == pytest.approx(0.25 * expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_averages_follow_training_and_rest_in_evaluation(shared, batch):
+    model = tokenizer(absent=[3, 9], shared_codebooks=shared, ema_decay=0.0)
+    before = [quantizer.codebooks.clone() for quantizer in model.quantizers]
+    with torch.no_grad():
+        rows = model._quantized_rows(ITEMS)
+    model.losses(ITEMS, batch)
+    assert all(torch.equal(q.codebooks, b) for q, b in zip(model.quantizers, before, strict=True))
+    model.train().losses(ITEMS, batch)
+    for quantizer, codebooks, x in zip(model.quantizers, before, rows, strict=True):
+        nearest = torch.cdist(x, codebooks[0]).argmin(1)
+        for code in range(4):  # without memory, a codeword is the mean of what chose it, or stays
+            mean = x[nearest == code].mean(0) if (nearest == code).any() else codebooks[0, code]
+            torch.testing.assert_close(quantizer.codebooks[0, code], mean)
+
+
+def test_codebooks_start_at_the_k_means_of_present_vectors():
+    model, other = tokenizer(absent=[3, 9]), tokenizer(absent=[3, 9], kmeans_iterations=0)
+    assert model.initialized
+    with torch.no_grad():
+        [rows] = model._quantized_rows(torch.arange(N_ITEMS))
+    assert len(rows) == 3 * N_ITEMS - 2
+    words = other.codebook(TEXT)[0]  # without iterations: rows as they are
+    assert (torch.cdist(words, rows).amin(1) < 1e-5).all()
+    rest = [(rows - quantize(rows, made.codebook(TEXT))[0]).square().sum() for made in (model, other)]
+    assert rest[0] < rest[1]
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_codewords_without_use_move_to_items(ema_decay):
+    model = tokenizer(absent=[3, 9], ema_decay=ema_decay, revive_after=5)
+    [quantizer] = model.quantizers
+    quantizer.codebooks.data[0, 2] = 100.0
+    assert not model.revive_codewords()[0].any()
+    quantizer.steps_unused[0, 2] = 5
+    [moved] = model.revive_codewords()
+    assert moved.nonzero().tolist() == [[0, 2]]
+    with torch.no_grad():
+        [rows] = model._quantized_rows(torch.arange(N_ITEMS))
+    assert torch.cdist(quantizer.codebooks[0, 2][None], rows).min() < 1e-5
+    assert quantizer.steps_unused[0, 2] == 0
+    if ema_decay is not None:
+        assert torch.equal(quantizer.ema_sums[0, 2], quantizer.codebooks[0, 2])
+        assert quantizer.ema_counts[0, 2] == 1
+
+
+@pytest.mark.parametrize("disentangle", [True, False])
+def test_fidelity_is_of_present_items(disentangle):
+    model = tokenizer(absent=[3, 9], disentangle=disentangle)
+    figures = model.fidelity()
+    with torch.no_grad():
+        x = model.features(IMAGE)[model.present(IMAGE)]
+        z = model.encoders[IMAGE](x)
+        added, rests = quantize(z, model.codebook(IMAGE))
+        parts = [added, model.specific[IMAGE](x)] if disentangle else [added]
+        error = (model.decoders[IMAGE](torch.cat(parts, 1)) - x).square().sum() / x.square().sum()
+    assert figures["residual"]["image"] == pytest.approx([(r / z.square().mean()).item() for r in rests], rel=1e-4)
+    assert figures["reconstruction"]["image"] == pytest.approx(1 - error.item(), abs=1e-5)
+    assert set(figures["reconstruction"]) == {"text", "image"}
 
 
 def test_a_missing_modality_has_no_codes_and_no_say(batch):

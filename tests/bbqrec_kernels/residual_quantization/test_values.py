@@ -91,11 +91,17 @@ def check(impl: str, x: Tensor, codebooks: Tensor, outputs=OUTPUTS, bad: Tensor 
             assert_gradient(f"gradient of {name}", grad, low_grads[name], oracle_grads[name])
 
 
-@pytest.mark.parametrize(("dtype", "width", "size", "levels", "rows", "layout"), CASES)
-def test_values_and_gradients(dtype: torch.dtype, width: int, size: int, levels: int, rows: int, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("impl", "dtype", "width", "size", "levels", "rows", "layout"),
+    [("cpu", *case) for case in CASES] + [("simt", *case) for case in CASES[::7]],
+    indirect=["impl"],
+)
+def test_values_and_gradients(
+    impl: str, dtype: torch.dtype, width: int, size: int, levels: int, rows: int, layout: str
+) -> None:
     x, codebooks = rq.random_inputs(rows, width=width, size=size, levels=levels, dtype=dtype)
     x, codebooks = with_layout(x.requires_grad_(), layout), with_layout(codebooks.requires_grad_(), layout)
-    check("cpu", x, codebooks)
+    check(impl, x, codebooks)
 
 
 @pytest.mark.parametrize("rows", ROWS)

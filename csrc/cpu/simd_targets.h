@@ -1,0 +1,21 @@
+// The SIMD targets that CMake compiles each *_simd.cpp for, and the choice among them at run time.
+#pragma once
+
+// Best last. `baseline` is what every machine of the architecture has; `avx2x16` is for tests: the vectors of avx512
+// on machines without it.
+#if defined(BBQ_X86_TARGETS)
+#define BBQ_FOR_SIMD_TARGETS(X) X(baseline) X(avx2x16) X(avx2) X(avx512)
+#else
+#define BBQ_FOR_SIMD_TARGETS(X) X(baseline)
+#endif
+
+namespace bbq {
+
+#define BBQ_NAME(target) target,
+enum class SimdTarget { BBQ_FOR_SIMD_TARGETS(BBQ_NAME) };
+#undef BBQ_NAME
+
+// The target whose kernels run: the best that this machine has, unless bbq_set_simd_target chose another.
+SimdTarget simd_target();
+
+}  // namespace bbq

@@ -140,9 +140,10 @@ def build_cuda(build_folder: Path, target: Path) -> dict[str, object]:
     wish = os.environ.get("BBQ_CUDA", "")
     if wish == "0":
         raise NotBuilt("BBQ_CUDA=0")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    named = os.environ.get("CUDACXX")
+    nvcc = shutil.which(named or "nvcc") or (None if named else shutil.which("nvcc", path="/usr/local/cuda/bin"))
     if not nvcc:
-        raise NotBuilt("nvcc was not found")
+        raise NotBuilt(f"CUDACXX names {named!r}, which does not exist" if named else "nvcc was not found")
     if wish != "1" and not torch_has_cuda(find_torch()[0]):
         raise NotBuilt("torch is a build without CUDA; BBQ_CUDA=1 builds the library all the same")
     options: dict[str, object] = {"BBQ_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc}

@@ -77,8 +77,8 @@ class TrainingConfig(Section):
 
     seed: int = Field(0, ge=0, le=2**31 - 1)
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
-    patience: int = Field(8, ge=1, description="epochs without a better validation NDCG@10 before stopping")
-    decay_after: int = Field(2, ge=1, description="after every so many of them, the learning rate falls to a third")
+    patience: int = Field(7, ge=1, description="epochs without a better validation NDCG@10 before stopping")
+    decay_after: int = Field(3, ge=1, description="after every so many of them, the learning rate falls to a third")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")

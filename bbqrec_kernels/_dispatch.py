@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -16,10 +20,11 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 # The operators that have kernels in an implementation; the others all have them all.
 _KERNELS: dict[str, frozenset[str]] = {
     "cuda": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
-    "triton": frozenset(),
+    "triton": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
 }
 
 _NO_SUCH_KERNEL = "this version has no such kernel for it"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _warned: set[tuple[str, str]] = set()
 
@@ -40,7 +45,7 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
         if chosen == "reference" and not wish:
-            _warn_once(operator, blockers["cpu" if tensors[0].device.type == "cpu" else "cuda"])
+            _warn_once(operator, blockers[_expected(operator, tensors[0])])
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -50,16 +55,45 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
 
 
 def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
-    """For each implementation, fastest first, None where it can run, otherwise the reason why not."""
-    elsewhere = f"the tensors are on {tensor.device.type}"
-    cpu, cuda, triton = _library.CPU.blocker, _library.CUDA.blocker, _NO_SUCH_KERNEL
-    if tensor.device.type not in ("cpu", "meta"):
-        cpu = elsewhere
-    if operator not in _KERNELS["cuda"]:
-        cuda = _NO_SUCH_KERNEL
-    elif cuda is None and tensor.device.type != "cuda":
-        cuda = elsewhere
-    return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
+    """For each implementation, the one that "auto" prefers first, None where it can run, otherwise the reason why not.
+
+    What is after the reference runs by name only: Triton's interpreter is for tests.
+    """
+    device = tensor.device.type
+    cpu = _library.CPU.blocker if device in ("cpu", "meta") else f"the tensors are on {device}"
+    cuda = _cuda_blocker(device) if operator in _KERNELS["cuda"] else _NO_SUCH_KERNEL
+    triton = _triton_blocker(device) if operator in _KERNELS["triton"] else _NO_SUCH_KERNEL
+    if device == "cuda":
+        return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
+    return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
+
+
+def _expected(operator: str, tensor: Tensor) -> str:
+    """The implementation that should have run instead of the reference."""
+    if tensor.device.type == "cpu":
+        return "cpu"
+    return next((name for name, operators in _KERNELS.items() if operator in operators), "cuda")
+
+
+def _cuda_blocker(device: str) -> str | None:
+    return _library.CUDA.blocker or (None if device == "cuda" else f"the tensors are on {device}")
+
+
+def _triton_blocker(device: str) -> str | None:
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    return None if torch.compiler.is_compiling() else _triton_import_error()
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton does not import: {error}"
+    return None
 
 
 def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:

@@ -3,11 +3,16 @@
 `setup.py` writes the libraries (`_C` for the CPU, `_C_cuda` for CUDA) and `_build.json`, which says for each
 whether it was built, with what, and if not, why. Importing never fails: a missing library is reported by the call
 that needs it and by `python -m bbqrec_kernels.collect_env`.
+
+The CPU library holds its SIMD kernels several times and runs the best that the machine can; the environment variable
+BBQ_SIMD names another (csrc/cpu/simd_targets.h).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +64,48 @@ def _load(name: str, title: str, build: dict[str, Any]) -> Library:
     return Library(name, path, None, build)
 
 
+class Simd:
+    """The choice among the SIMD targets of the CPU library, for the whole process."""
+
+    def __init__(self, library: Library) -> None:
+        self._functions = ctypes.CDLL(str(library.path))
+        self._functions.bbq_simd_targets.restype = self._functions.bbq_simd_target.restype = ctypes.c_char_p
+        self._functions.bbq_set_simd_target.argtypes = [ctypes.c_char_p]
+        self._functions.bbq_set_simd_target.restype = ctypes.c_bool
+
+    @property
+    def names(self) -> list[str]:
+        """The targets that this machine can run, best last."""
+        return self._functions.bbq_simd_targets().decode().split()
+
+    @property
+    def current(self) -> str:
+        return self._functions.bbq_simd_target().decode()
+
+    def choose(self, name: str) -> None:
+        """Runs the kernels of another target from now on.
+
+        Raises:
+            ValueError: there is none of this name, or this machine cannot run it.
+        """
+        if not self._functions.bbq_set_simd_target(name.encode()):
+            raise ValueError(f"SIMD target: got {name!r}, expected one of {', '.join(self.names)} on this machine")
+
+
+def _load_cpu(build: dict[str, Any]) -> tuple[Library, Simd | None]:
+    """The CPU library, with the SIMD target that BBQ_SIMD names; a wrong name blocks it."""
+    library = _load("_C", "CPU", build)
+    if not library.loaded:
+        return library, None
+    simd = Simd(library)
+    if name := os.environ.get("BBQ_SIMD"):
+        try:
+            simd.choose(name)
+        except ValueError as error:
+            return Library(library.name, library.path, f"BBQ_SIMD, {error}", build), None
+    return library, simd
+
+
 _SUMMARY = _read_build_summary()
-CPU = _load("_C", "CPU", _SUMMARY.get("cpu", {}))
+CPU, SIMD = _load_cpu(_SUMMARY.get("cpu", {}))
 CUDA = _load("_C_cuda", "CUDA", _SUMMARY.get("cuda", {}))

@@ -5,6 +5,7 @@ The compiled libraries register their kernels on these schemas; loading them bef
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,16 @@ def define(schema: str) -> torch._ops.OpOverload:
 
 def register_fake(operator: torch._ops.OpOverload, fake: Callable) -> None:
     torch.library.register_fake(operator, fake, lib=LIBRARY)
+
+
+def register_on_first_call(operator: torch._ops.OpOverload, module: str, function: str) -> None:
+    """Registers a Python function as kernel of every device; the first call imports its module."""
+
+    def kernel(*arguments):
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(operator, kernel, device)
 
 
 def register_autograd(operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:

@@ -26,13 +26,13 @@ def collect() -> dict[str, Any]:
     """Returns what is installed and what runs, ready for `json.dumps`.
 
     Keys: `versions` (package to version, None where absent), `machine` (system, SIMD, threads, GPUs), `libraries` (for
-    `cpu` and `cuda`: `loaded`, `reason` if not, and how it was built) and `operators` (public function to
-    implementation to None where it runs, otherwise the reason why not).
+    `cpu` and `cuda`: `loaded`, `reason` if not, how it was built, the SIMD target that runs) and `operators` (public
+    function to implementation to None where it runs, otherwise the reason why not).
     """
     return {
         "versions": _versions(),
         "machine": _machine(),
-        "libraries": {"cpu": _describe(_library.CPU), "cuda": _describe(_library.CUDA)},
+        "libraries": {"cpu": {**_describe(_library.CPU), **_simd()}, "cuda": _describe(_library.CUDA)},
         "operators": {name: _blockers(name) for name in public_operators()},
     }
 
@@ -72,6 +72,11 @@ def _machine() -> dict[str, Any]:
 def _describe(library: _library.Library) -> dict[str, Any]:
     build = {key: library.build[key] for key in ("torch", "compiler", "architectures", "flags") if key in library.build}
     return {"loaded": library.loaded, "reason": library.blocker, **build}
+
+
+def _simd() -> dict[str, str]:
+    simd = _library.SIMD
+    return {"simd": f"{simd.current} (of {', '.join(simd.names)})"} if simd else {}
 
 
 def _blockers(operator: str) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: fixed seeds, threads that fit the workers, the folder of real data, CUDA kernels on the host."""
+"""Fixtures of all tests: fixed seeds, threads that fit the workers, real data, CUDA kernels on the host."""
 
 import fcntl
 import importlib.util

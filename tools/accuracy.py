@@ -18,7 +18,7 @@ import polars as pl
 from bbqrec import Config, Dataset, fit
 from bbqrec.evaluation.ranking import METRICS
 
-TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "bbqrec": "BBQRec"}
+TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "tiger": "TIGER", "bbqrec": "BBQRec"}
 
 
 def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) -> list[dict[str, object]]:
@@ -39,13 +39,15 @@ def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) ->
 
 
 def markdown(rows: pl.DataFrame) -> str:
-    """Mean and, in brackets, standard deviation over seeds; `rows` as `measure` gives them."""
-    lines = ["| model | split | Recall@10 | NDCG@10 |", "|---|---|---|---|"]
+    """Mean and, in brackets, standard deviation over seeds; time and memory of a fit, mean."""
+    lines = ["| model | split | Recall@10 | NDCG@10 | minutes | peak memory, MB |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):
         for model, title in TITLES.items():
             chosen = rows.filter(model=model, split=split)
             if len(chosen):
                 cells = [_mean(chosen[name]) for name in ("recall@10", "ndcg@10")]
+                costs = [chosen["seconds"].mean() / 60, chosen["peak_memory_mb"].mean()]
+                cells += ["", ""] if model == "most_popular" else [f"{costs[0]:.1f}", f"{costs[1]:.0f}"]
                 lines.append(f"| {title} | {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

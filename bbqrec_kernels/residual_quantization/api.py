@@ -11,6 +11,8 @@ from bbqrec_kernels._checks import FLOATS, INTEGERS, check_device, check_dim, ch
 from bbqrec_kernels._dispatch import choose
 from bbqrec_kernels.residual_quantization import ops, reference
 
+_IMPLEMENTATIONS = {"reference": reference, "cpu": ops.native, "cuda": ops.native, "triton": ops.triton}
+
 
 class ResidualQuantization(NamedTuple):
     """What `residual_quantize` returns."""
@@ -52,9 +54,8 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Re
     Source: Lee et al. 2022, Autoregressive image generation using residual quantization, section 3.1.
     """
     _check_rows(x, codebooks)
-    if choose("residual_quantize", impl, x, codebooks) == "reference":
-        return ResidualQuantization(*reference.residual_quantize(x, codebooks))
-    return ResidualQuantization(*ops.residual_quantize(x, codebooks))
+    implementation = _IMPLEMENTATIONS[choose("residual_quantize", impl, x, codebooks)]
+    return ResidualQuantization(*implementation.residual_quantize(x, codebooks))
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
@@ -74,9 +75,8 @@ def residual_decode(codes: Tensor, codebooks: Tensor, *, impl: str = "auto") -> 
     """
     _check_codebooks(codebooks)
     _check_codes(codes, codebooks)
-    if choose("residual_decode", impl, codebooks) == "reference":
-        return reference.residual_decode(codes, codebooks)
-    return ops.residual_decode(codes.long(), codebooks)
+    implementation = _IMPLEMENTATIONS[choose("residual_decode", impl, codebooks)]
+    return implementation.residual_decode(codes.long(), codebooks)
 
 
 def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -103,9 +103,8 @@ def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor, *, impl: st
             f"codes: got shape {tuple(codes.shape)}, expected {(*x.shape[:-1], codebooks.shape[0])} "
             f"to go with x of shape {tuple(x.shape)}"
         )
-    if choose("residual_statistics", impl, x, codebooks) == "reference":
-        return reference.residual_statistics(x, codes, codebooks)
-    return ops.residual_statistics(x.detach(), codes.long(), codebooks.detach())
+    implementation = _IMPLEMENTATIONS[choose("residual_statistics", impl, x, codebooks)]
+    return implementation.residual_statistics(x.detach(), codes.long(), codebooks.detach())
 
 
 def _check_codebooks(codebooks: Tensor) -> None:

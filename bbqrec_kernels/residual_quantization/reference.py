@@ -54,7 +54,7 @@ def quantize_to_codes(x: Tensor, codebooks: Tensor, codes: Tensor) -> tuple[Tens
 
 def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """See `api.residual_decode`."""
-    _check_range(codes, codebooks)
+    check_range(codes, codebooks)
     total = codebooks.new_zeros(*codes.shape[:-1], codebooks.shape[-1])
     for level, words in enumerate(codebooks):
         chosen = codes[..., level].long()
@@ -65,7 +65,7 @@ def residual_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
 @torch.no_grad()
 def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     """See `api.residual_statistics`."""
-    _check_range(codes, codebooks)
+    check_range(codes, codebooks)
     levels, size, width = codebooks.shape
     residual = x.reshape(-1, width).to(codebooks.dtype)
     codes = codes.reshape(-1, levels).long()
@@ -86,7 +86,7 @@ def _mean_square(difference: Tensor) -> Tensor:
     return difference.square().sum() / max(difference.numel(), 1)
 
 
-def _check_range(codes: Tensor, codebooks: Tensor) -> None:
+def check_range(codes: Tensor, codebooks: Tensor) -> None:
     """Raises where a kernel would read out of bounds: an assertion while tracing and on CUDA, otherwise a sentence."""
     if codes.numel() == 0:
         return

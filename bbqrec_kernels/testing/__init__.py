@@ -4,7 +4,14 @@ Nothing here needs pytest. Inputs and rules of one operator are in the module of
 """
 
 from bbqrec_kernels.testing.budgets import GRADIENT_GATES, GradientGate, assert_gradient, assert_within_budget
-from bbqrec_kernels.testing.tensors import LAYOUTS, poisoned_outputs, requires_grad_subsets, with_layout
+from bbqrec_kernels.testing.tensors import (
+    LAYOUTS,
+    poisoned_outputs,
+    requires_grad_subsets,
+    simd_target,
+    simd_targets,
+    with_layout,
+)
 
 __all__ = [
     "GRADIENT_GATES",
@@ -14,5 +21,7 @@ __all__ = [
     "assert_within_budget",
     "poisoned_outputs",
     "requires_grad_subsets",
+    "simd_target",
+    "simd_targets",
     "with_layout",
 ]

@@ -1,4 +1,4 @@
-"""What a kernel must not depend on: the old contents of fresh memory, strides, and who asks for gradients."""
+"""What a kernel must not depend on: old contents of fresh memory, strides, the SIMD target, who asks for gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bbqrec_kernels import _library
+
 LAYOUTS = ("contiguous", "permuted", "sliced")
+
+
+def simd_targets() -> list[str]:
+    """Returns the SIMD targets of the CPU library that this machine can run, best last; none without the library."""
+    return _library.SIMD.names if _library.SIMD else []
+
+
+@contextmanager
+def simd_target(name: str) -> Iterator[None]:
+    """CPU kernels of this SIMD target run inside, in all threads.
+
+    Raises:
+        ValueError: this machine cannot run it.
+    """
+    simd = _library.SIMD
+    if simd is None:
+        raise ValueError(f"SIMD target: got {name!r}, but {_library.CPU.blocker}")
+    current = simd.current
+    simd.choose(name)
+    try:
+        yield
+    finally:
+        simd.choose(current)
 
 
 @contextmanager

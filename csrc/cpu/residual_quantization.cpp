@@ -12,6 +12,7 @@
 namespace bbq {
 namespace {
 
+constexpr int64_t kSearchProducts = 1 << 20;  // least multiply-adds of the search in one unit of work: 20 µs or less
 constexpr int64_t kPackedElements = 1 << 15;  // of the codebooks, that one unit of work packs
 constexpr int64_t kWalkedElements = 1 << 15;  // of rows, that one unit of work walks where it sums over no rows
 constexpr int64_t kChunkRows = 512;           // least rows of one partial sum of codebook gradients
@@ -25,7 +26,7 @@ struct Shape {
 
 const QuantizationKernels& kernels() {
   switch (simd_target()) {
-#define BBQ_CASE(target)     \
+#define BBQ_CASE(target)   \
   case SimdTarget::target: \
     return target::residual_quantization;
     BBQ_FOR_SIMD_TARGETS(BBQ_CASE)
@@ -148,22 +149,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
   const char* in = static_cast<const char*>(rows.const_data_ptr());
   char* out = static_cast<char*>(quantized.buffer().mutable_data_ptr());
   int64_t* code_data = static_cast<int64_t*>(codes.mutable_data_ptr());
-  for_all(
-      blocks, [&] { return AlignedBuffer<float>(ceil_div(s.width, kDepth) * kBlockRows * kDepth); },
-      [&](AlignedBuffer<float>& residual, int64_t b) {
-        QuantizeBlock block = call;
-        const int64_t first = b * kBlockRows;
-        bool bad = false;
-        block.rows = std::min(kBlockRows, s.rows - first);
-        block.x = in + first * row_bytes;
-        block.quantized = out + first * row_bytes;
-        block.codes = code_data + first * s.levels;
-        block.losses = partials.data() + b * s.levels;
-        block.any_bad = &bad;
-        block.residual = residual.data();
-        simd.quantize(block);
-        if (bad) any_bad = true;
-      });
+  const int64_t unit = ceil_div(kSearchProducts, kBlockRows * s.codebook_elements());
+  const auto make_residual = [&] { return AlignedBuffer<float>(ceil_div(s.width, kDepth) * kBlockRows * kDepth); };
+  for_all(ceil_div(blocks, unit), make_residual, [&](AlignedBuffer<float>& residual, int64_t u) {
+    for (int64_t b = u * unit; b < std::min(blocks, (u + 1) * unit); ++b) {
+      QuantizeBlock block = call;
+      const int64_t first = b * kBlockRows;
+      bool bad = false;
+      block.rows = std::min(kBlockRows, s.rows - first);
+      block.x = in + first * row_bytes;
+      block.quantized = out + first * row_bytes;
+      block.codes = code_data + first * s.levels;
+      block.losses = partials.data() + b * s.levels;
+      block.any_bad = &bad;
+      block.residual = residual.data();
+      simd.quantize(block);
+      if (bad) any_bad = true;
+    }
+  });
 
   float* loss_data = static_cast<float*>(losses.mutable_data_ptr());
   for (int64_t l = 0; l < s.levels; ++l) {

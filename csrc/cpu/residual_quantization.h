@@ -76,9 +76,9 @@ struct QuantizationKernels {
   void (*statistics)(const Walk&, float* sums, int64_t* counts);
 };
 
-#define BBQ_DECLARE(target)                                  \
-  namespace target {                                         \
-  extern const QuantizationKernels residual_quantization;    \
+#define BBQ_DECLARE(target)                               \
+  namespace target {                                      \
+  extern const QuantizationKernels residual_quantization; \
   }
 BBQ_FOR_SIMD_TARGETS(BBQ_DECLARE)
 #undef BBQ_DECLARE

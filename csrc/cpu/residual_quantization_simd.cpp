@@ -3,9 +3,8 @@
 //
 // A score is |c|²/2 - r·c: the distance, halved, less |r|²/2. A lane is a codeword, and every lane sums its products
 // over the width in the same order, whatever its row, codeword, tile or panel: equal codewords get equal scores.
-#include "simd.h"
-
 #include "residual_quantization.h"
+#include "simd.h"
 
 namespace bbq::BBQ_SIMD {
 namespace {
@@ -13,7 +12,7 @@ namespace {
 // A tile is kTileRows rows times a panel of kPanelVectors vectors of codewords, its sums kept in registers.
 constexpr int kPanelVectors = 2;
 constexpr int kPanelWords = kPanelVectors * kLanes;
-constexpr int kTileRows = kRegisters * 3 / 4 / (kPanelVectors * (kLanes / kRegisterLanes));
+constexpr int kTileRows = kRegisters * 3 / 4 / (kPanelVectors * kVectorRegisters);
 static_assert(kBlockRows % kTileRows == 0 && kDepth % kLanes == 0);
 
 constexpr float kInfinity = __builtin_inff();
@@ -351,9 +350,7 @@ BBQ_INLINE void quantize_backward_rows(const QuantizeGradient& g) {
     for_groups(w.begin, w.end, [&]<int count>(int64_t d, auto lanes) BBQ_INLINE_LAMBDA {
       Floats grad[count] = {};
       if (grad_quantized) {
-        unroll<count>([&]<int v>() BBQ_INLINE_LAMBDA {
-          grad[v] = load(grad_quantized + row + d + v * kLanes, lanes);
-        });
+        unroll<count>([&]<int v>() BBQ_INLINE_LAMBDA { grad[v] = load(grad_quantized + row + d + v * kLanes, lanes); });
       }
       follow<count>(w.books, codes, x + row, d, lanes,
                     [&]<int v>(int64_t l, int64_t offset, Floats, Floats next) BBQ_INLINE_LAMBDA {
@@ -377,9 +374,8 @@ void quantize_backward(const QuantizeGradient& g) {
 }
 
 void decode(const Walk& w, float* output) {
-  for_rows(w, [&](int64_t i, const int64_t* codes) BBQ_INLINE_LAMBDA {
-    sum_words(codes, w.books, w.begin, w.end, output + i * w.books.width);
-  });
+  for_rows(w, [&](int64_t i, const int64_t* codes)
+                  BBQ_INLINE_LAMBDA { sum_words(codes, w.books, w.begin, w.end, output + i * w.books.width); });
 }
 
 void decode_backward(const Walk& w, float* grad_codebooks) {
@@ -387,7 +383,8 @@ void decode_backward(const Walk& w, float* grad_codebooks) {
   for_rows(w, [&](int64_t i, const int64_t* codes) BBQ_INLINE_LAMBDA {
     for_groups(w.begin, w.end, [&]<int count>(int64_t d, auto lanes) BBQ_INLINE_LAMBDA {
       Floats value[count];
-      unroll<count>([&]<int v>() BBQ_INLINE_LAMBDA { value[v] = load(grad + i * w.books.width + d + v * kLanes, lanes); });
+      unroll<count>([&]<int v>()
+                        BBQ_INLINE_LAMBDA { value[v] = load(grad + i * w.books.width + d + v * kLanes, lanes); });
       for (int64_t l = 0; l < w.books.levels; ++l) {
         if (codes[l] < 0) continue;
         float* target = grad_codebooks + (l * w.books.size + codes[l]) * w.books.width + d;
@@ -409,9 +406,8 @@ BBQ_INLINE void statistics_rows(const Walk& w, float* sums, int64_t* counts) {
     }
     for_groups(w.begin, w.end, [&]<int count>(int64_t d, auto lanes) BBQ_INLINE_LAMBDA {
       follow<count>(w.books, codes, static_cast<const T*>(w.x) + i * w.books.width, d, lanes,
-                    [&]<int v>(int64_t, int64_t offset, Floats residual, Floats) BBQ_INLINE_LAMBDA {
-                      store(sums + offset, load(sums + offset, lanes) + residual, lanes);
-                    });
+                    [&]<int v>(int64_t, int64_t offset, Floats residual, Floats)
+                        BBQ_INLINE_LAMBDA { store(sums + offset, load(sums + offset, lanes) + residual, lanes); });
     });
   });
 }

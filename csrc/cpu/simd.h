@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kLanes = BBQ_LANES;
 
-// What the machine has: a vector of kLanes floats may take several registers.
+// What the machine has. A vector of kLanes floats may take several registers, or a part of one.
 #if defined(__AVX512F__)
 constexpr int kRegisters = 32, kRegisterLanes = 16;
 #elif defined(__AVX__)
@@ -34,7 +34,8 @@ constexpr int kRegisters = 32, kRegisterLanes = 4;
 #else
 constexpr int kRegisters = 16, kRegisterLanes = 4;
 #endif
-static_assert(kLanes % kRegisterLanes == 0 && kLanes >= 4 && kLanes <= 32);
+constexpr int kVectorRegisters = kLanes > kRegisterLanes ? kLanes / kRegisterLanes : 1;
+static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
 
 template <class T, int N>
 struct VectorOf {
@@ -110,10 +111,9 @@ BBQ_INLINE void store(float* p, Floats v, All = {}) { __builtin_memcpy(p, &v, si
 
 // Lanes past the first ones are zero, and nothing behind them is read.
 BBQ_INLINE Floats load(const float* p, First first) {
-#if defined(__AVX512F__)
-  static_assert(kLanes == 16);
+#if defined(__AVX512F__) && BBQ_LANES == 16
   return bit_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << first.count) - 1), p));
-#elif defined(__AVX__)
+#elif defined(__AVX__) && BBQ_LANES % 8 == 0
   const Ints mask = lane_numbers() < broadcast(static_cast<int32_t>(first.count));
   Floats v;
   for (int j = 0; j < kLanes; j += 8) {
@@ -134,9 +134,9 @@ BBQ_INLINE Floats load(const float* p, First first) {
 
 // Nothing behind the first lanes is written.
 BBQ_INLINE void store(float* p, Floats v, First first) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && BBQ_LANES == 16
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << first.count) - 1), bit_cast<__m512>(v));
-#elif defined(__AVX__)
+#elif defined(__AVX__) && BBQ_LANES % 8 == 0
   const Ints mask = lane_numbers() < broadcast(static_cast<int32_t>(first.count));
   for (int j = 0; j < kLanes; j += 8) {
     __m256i part;

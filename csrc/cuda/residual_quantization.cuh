@@ -413,11 +413,11 @@ struct Encode {
     // Where squares vanish in float32, the largest element bounds the norm.
     const float norm = square > 1e-30f ? sqrtf(square) * (1 + 0x1p-18f) : root * peak;
     const float r = norm * scale, c = level.largest * power_of_two(level.exponent);
-    const float index = power_of_two(index_bits - 23);
+    // What grows with the size of the score: the rounding of tile products and float32, and the index in the last bits.
+    const float relative = 0x1p-17f + kProducts * 0x1p-18f + power_of_two(index_bits - 23);
     const int above = exponent - level.exponent;  // at most 30
-    const float error = r * c * (0x1p-10f + 0x1p-16f + index) +
-                        0.5f * c * (c * power_of_two(above > -126 ? above : -126)) * (0x1p-16f + index) +
-                        0x1p-24f * root * c + 0x1p-100f;
+    const float half_square = 0.5f * c * (c * power_of_two(above > -126 ? above : -126));
+    const float error = r * c * 0x1p-10f + (r * c + half_square) * relative + 0x1p-24f * root * c + 0x1p-100f;
     return 2 * error * (1 + 0x1p-16f);
   }
 
@@ -914,12 +914,15 @@ enum class Sum { kRow, kResidual, kRest };
 
 // Sums of rows that chose the same codeword. The grid's x covers chunks of rows, its y slices of columns. A block adds
 // its rows to a table (L, K, slice) in shared memory, or in global memory where that is too small. Each element of the
-// table belongs to one thread, which takes the rows in order. Tiles of rows come by asynchronous copies, one ahead.
+// table belongs to one thread, which takes the rows in order.
+//
+// Tiles of rows pass through three hands, one barrier apart: asynchronous copies bring tile t + 2 while threads without
+// table elements prepare tile t + 1 and the others add up tile t.
 template <Sum kSum>
 struct SumRows {
   static constexpr int kThreads = 256, kBlocks = 2;
   static constexpr int kBatch = 8;   // rows whose table elements are fetched together
-  static constexpr int kStages = 2;  // tiles in shared memory
+  static constexpr int kStages = 3;  // tiles in shared memory, of which two are prepared
   struct Params {
     InputRows source;  // rows x, or gradients; kRow: float32
     Global<const int64_t> codes;
@@ -942,8 +945,8 @@ struct SumRows {
       source = 0;                                            // tiles as they come
       codes = source + kStages * source_bytes;               // int64, as they come
       checked = codes + kStages * tile_rows * s.levels * 8;  // int32
-      values = checked + tile_rows * s.levels * 4;           // what each level adds up
-      scales = values + (kSum == Sum::kRow ? 0 : s.levels * tile_rows * slice * 4);
+      values = checked + 2 * tile_rows * s.levels * 4;       // what each level adds up
+      scales = values + (kSum == Sum::kRow ? 0 : 2 * s.levels * tile_rows * slice * 4);
       table = scales + s.levels * 4;
       bytes = table + (table_is_shared ? s.levels * s.size * slice * 4 : 0);
     }
@@ -986,22 +989,31 @@ struct SumRows {
     gpu::async_commit();
   }
 
-  // Checks the codes of a tile that came, and finds what each level adds up.
-  static BBQ_DEVICE void prepare(const Params& p, const Plan& plan, int stage, int64_t first, int64_t last) {
+  // The first thread that prepares tiles; those below own table elements, as long as that leaves enough of them.
+  static BBQ_DEVICE int first_preparer(int owners) {
+    return owners <= kThreads / 2 ? (owners + gpu::kLanes - 1) / gpu::kLanes * gpu::kLanes : 0;
+  }
+
+  // Checks the codes of tile number `index`, and finds what each level adds up.
+  static BBQ_DEVICE void prepare(const Params& p, const Plan& plan, int64_t index, int64_t first, int64_t last) {
     const RowShape& s = p.shape;
-    const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice;
-    const Shared<const int64_t> codes = gpu::shared_at<int64_t>(plan.codes) + stage * p.tile_rows * s.levels;
-    const Shared<int> checked = gpu::shared_at<int>(plan.checked);
-    for (int i = gpu::thread_index(); i < p.tile_rows * s.levels; i += kThreads) {
+    const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice, code_count = p.tile_rows * s.levels;
+    const int stage = static_cast<int>(index % kStages), half = static_cast<int>(index % 2);
+    const int skipped = first_preparer(s.levels * slice), preparers = kThreads - skipped;
+    const int thread = gpu::thread_index() - skipped;
+    if (thread < 0) return;
+    const Shared<const int64_t> codes = gpu::shared_at<int64_t>(plan.codes) + stage * code_count;
+    const Shared<int> checked = gpu::shared_at<int>(plan.checked) + half * code_count;
+    for (int i = thread; i < code_count; i += preparers) {
       const bool inside = first * s.levels + i < last * s.levels;
       checked[i] = inside ? static_cast<int>(gpu::checked_code(codes[i], s.size)) : -1;
     }
     if constexpr (kSum != Sum::kRow) {
       const Shared<const unsigned char> rows = gpu::shared_at<unsigned char>(plan.source + stage * plan.source_bytes);
       const Shared<const float> scales = gpu::shared_at<float>(plan.scales);
-      const Shared<float> values = gpu::shared_at<float>(plan.values);
+      const Shared<float> values = gpu::shared_at<float>(plan.values) + half * s.levels * tile;
       BBQ_UNROLL_BY(2)
-      for (int i = gpu::thread_index(); i < tile; i += kThreads) {
+      for (int i = thread; i < tile; i += preparers) {
         const int row = i >> p.slice_bits;
         const int64_t column = gpu::block_index_y() * slice + (i & (slice - 1));
         const bool inside = first + row < last && column < s.width;
@@ -1047,7 +1059,6 @@ struct SumRows {
     const RowShape& s = p.shape;
     const int slice = 1 << p.slice_bits, tile = p.tile_rows * slice, owners = s.levels * slice;
     const Plan plan(s, slice, p.tile_rows, element_bytes(p.source.type), p.table_is_shared);
-    const Shared<const int> codes = gpu::shared_at<int>(plan.checked);
     const Shared<float> table = gpu::shared_at<float>(plan.table);
     const int64_t first_column = gpu::block_index_y() * slice;
     const Global<float> target = p.partials + gpu::block_index() * s.levels * s.size * s.width + first_column;
@@ -1055,6 +1066,7 @@ struct SumRows {
     const int64_t begin = gpu::block_index() * p.chunk_rows;
     const int64_t end = begin + p.chunk_rows < s.rows ? begin + p.chunk_rows : s.rows;
     copy_tile(p, plan, 0, begin, end);
+    copy_tile(p, plan, 1, begin + p.tile_rows, end);
 
     // f(level, column) for each element column of the table that this thread owns.
     const auto for_owned = [&](const auto& f) {
@@ -1076,14 +1088,18 @@ struct SumRows {
       const Shared<float> scales = gpu::shared_at<float>(plan.scales);
       for (int l = gpu::thread_index(); l < s.levels; l += kThreads) scales[l] = -loss_scale(p.grad_codebook, l, s);
     }
-    int stage = 0;
-    for (int64_t first = begin; first < end; first += p.tile_rows) {
+    gpu::async_wait<1>();
+    gpu::sync_threads();  // the first tile and the scales are there for all
+    prepare(p, plan, 0, begin, end);
+    int64_t t = 0;
+    for (int64_t first = begin; first < end; first += p.tile_rows, ++t) {
       gpu::async_wait<0>();
-      gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
-      copy_tile(p, plan, stage ^ 1, first + p.tile_rows, end);
-      prepare(p, plan, stage, first, end);
-      gpu::sync_threads();
-      const int values_at = kSum == Sum::kRow ? plan.source + stage * plan.source_bytes : plan.values;
+      gpu::sync_threads();  // tile t is prepared, t + 1 came, and nobody reads t - 1 any more
+      copy_tile(p, plan, static_cast<int>((t + 2) % kStages), first + 2 * p.tile_rows, end);
+      if (first + p.tile_rows < end) prepare(p, plan, t + 1, first + p.tile_rows, end);
+      const Shared<const int> codes = gpu::shared_at<int>(plan.checked) + (t % 2) * p.tile_rows * s.levels;
+      const int values_at = kSum == Sum::kRow ? plan.source + static_cast<int>(t % kStages) * plan.source_bytes
+                                              : plan.values + static_cast<int>(t % 2) * s.levels * tile * 4;
       for_owned([&](int level, int column) {
         const Shared<const float> values =
             gpu::shared_at<float>(values_at) + (kSum == Sum::kRow ? 0 : level * tile) + column;
@@ -1104,7 +1120,6 @@ struct SumRows {
           }
         }
       });
-      stage ^= 1;
     }
     gpu::async_wait<0>();
     if (!p.table_is_shared) return;
@@ -1327,7 +1342,7 @@ void sum_rows(Queue& queue, const InputRows& source, Global<const int64_t> codes
   // Slices of 16 columns keep several blocks on a processor busy; 8 are a sector of memory, and still worth it.
   int slice_bits = bits_of(s.width - 1);
   slice_bits = slice_bits < 4 ? slice_bits : 4;
-  int tile_rows = 64;
+  int tile_rows = kSum == Sum::kRow ? 64 : 32;
   while (tile_rows > Kernel::kBatch && plan_bytes(slice_bits, tile_rows, false) > machine.shared_per_block / 4) {
     tile_rows /= 2;
   }

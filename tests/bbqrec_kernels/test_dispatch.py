@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bbqrec_kernels import _dispatch
+from bbqrec_kernels import _dispatch, _library
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,67 @@ def test_tensors_on_a_gpu_without_a_kernel_run_in_the_reference_and_say_so_once(
         _dispatch.choose("op", "cpu", tensor)
 
 
+QUANTIZERS = ["residual_quantize", "residual_decode", "residual_statistics"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("operator", QUANTIZERS)
+def test_the_cuda_library_runs_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, None))
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    assert _dispatch.choose(operator, "auto", tensor) == _dispatch.choose(operator, "cuda", tensor) == "cuda"
+    assert _dispatch.choose(operator, "auto", torch.empty(2)) == "cpu"
+    with pytest.raises(ValueError, match="cannot run as 'cuda': the tensors are on cpu; choose another or 'auto'"):
+        _dispatch.choose(operator, "cuda", torch.empty(2))
+    with pytest.raises(ValueError, match="op cannot run as 'cuda': this version has no such kernel for it"):
+        _dispatch.choose("op", "cuda", tensor)
+
+
+@pytest.mark.parametrize("operator", QUANTIZERS)
+def test_a_missing_cuda_library_gives_its_reason(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, "the CUDA library was not built: no nvcc"))
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    with pytest.raises(ValueError, match="cannot run as 'cuda': the CUDA library was not built: no nvcc"):
+        _dispatch.choose(operator, "cuda", tensor)
+
+
 @pytest.mark.filterwarnings("error")
 def test_what_only_the_reference_can_do_runs_there_without_a_word() -> None:
     assert _dispatch.choose("op", "auto", torch.empty(2, dtype=torch.float64)) == "reference"
     assert _dispatch.choose("op", "auto", torch.empty(2)) == "cpu"
+
+
+def test_triton_runs_on_a_gpu_where_it_has_kernels_and_elsewhere_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "_triton_import_error", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda")
+    assert _dispatch.choose("residual_quantize", "auto", on_gpu) == "triton"
+    with pytest.raises(ValueError, match="'triton': the tensors are on cpu, and Triton's interpreter .* is off"):
+        _dispatch.choose("residual_quantize", "triton", torch.empty(2))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _dispatch.choose("residual_quantize", "triton", torch.empty(2)) == "triton"
+    assert _dispatch.choose("residual_quantize", "auto", torch.empty(2)) == "cpu"
+    with pytest.raises(ValueError, match="'triton': this version has no such kernel for it"):
+        _dispatch.choose("similarity_attention", "triton", on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("installed", "error", "reason"),
+    [
+        (False, None, "triton is not installed"),
+        (True, "triton does not import: no libcuda", "triton does not import: no libcuda"),
+    ],
+)
+def test_reason_why_triton_cannot_run_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, error: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", installed)
+    monkeypatch.setattr(_dispatch, "_triton_import_error", lambda: error)
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda")
+    with pytest.warns(RuntimeWarning, match=f"^residual_decode runs as the slow reference: {reason}$"):
+        assert _dispatch.choose("residual_decode", "auto", on_gpu) == "reference"

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every architecture that the package promises, without spills, and link; no GPU needed."""
+"""The CUDA sources compile without spills for every architecture that the package promises, and link; no GPU needed."""
 
 import importlib.util
 import os

@@ -175,6 +175,22 @@ def test_torch_that_does_not_fit_is_named(tree: Path, tmp_path: Path, version: s
     assert reason in cpu["reason"]
 
 
+NO_NVCC = {"CXX": "/nowhere/c++", "CUDACXX": "/nowhere/nvcc"}
+
+
 def test_demanding_cuda_is_an_error(tree: Path) -> None:
-    output, _ = build_in_place(tree, succeeds=False, BBQ_CUDA="1", CXX="/nowhere/c++")
-    assert "BBQ_CUDA=1, but the CUDA library was not built: this version has no CUDA sources" in output
+    output, _ = build_in_place(tree, succeeds=False, BBQ_CUDA="1", **NO_NVCC)
+    reason = "CUDACXX names '/nowhere/nvcc', which does not exist"
+    assert f"BBQ_CUDA=1, but the CUDA library was not built: {reason}" in output
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"), [("", "CUDACXX names '/nowhere/nvcc', which does not exist"), ("0", "BBQ_CUDA=0")]
+)
+def test_without_cuda_the_summary_says_why(tree: Path, wish: str, reason: str) -> None:
+    (tree / "bbqrec_kernels" / "_C_cuda.so").write_bytes(b"of an earlier build")
+    output, _ = build_in_place(tree, BBQ_CUDA=wish, **NO_NVCC)
+    summary = json.loads((tree / "bbqrec_kernels" / "_build.json").read_text())
+    assert summary["cuda"] == {"built": False, "reason": reason}
+    assert f"CUDA library not built: {reason}" in output
+    assert not (tree / "bbqrec_kernels" / "_C_cuda.so").exists()

@@ -1,6 +1,11 @@
-"""Fixtures of the tests of residual quantization."""
+"""Fixtures of the tests of residual quantization.
 
+In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/interpret) they test the Triton kernels.
+"""
+
+import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -8,9 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from bbqrec_kernels.testing import simd_target, simd_targets
 
-@pytest.fixture(params=["reference", "cpu", "simt"])
-def impl(request: pytest.FixtureRequest) -> str:
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = [f"cpu-{name}" for name in simd_targets()] or ["cpu"]  # once for each SIMD target of this machine
+KERNELS = ["triton"] if INTERPRETS else CPU
+SIMULATED = [] if INTERPRETS else ["simt"]
+
+
+@pytest.fixture(params=["reference", *KERNELS, *SIMULATED])
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that runs on this machine.
 
     "simt" is the CUDA kernels' bodies on the host: while it lasts they stand where the CPU kernels are registered, and
@@ -18,8 +30,37 @@ def impl(request: pytest.FixtureRequest) -> str:
     """
     if request.param == "simt":
         request.getfixturevalue("simt_for_cpu")
-        return "cpu"
+        yield "cpu"
+    else:
+        yield from running(request.param)
+
+
+@pytest.fixture(params=KERNELS)
+def every_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that are not the formula itself."""
+    yield from running(request.param)
+
+
+@pytest.fixture(params=["triton" if INTERPRETS else "cpu"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The same, for what does not depend on the SIMD target."""
     return request.param
+
+
+@pytest.fixture(params=CPU)
+def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels alone."""
+    yield from running(request.param)
+
+
+def running(name: str) -> Iterator[str]:
+    """Yields the name of the implementation, and holds the CPU kernels to a SIMD target meanwhile."""
+    impl, _, target = name.partition("-")
+    if not target:
+        yield impl
+        return
+    with simd_target(target):
+        yield impl
 
 
 @pytest.fixture

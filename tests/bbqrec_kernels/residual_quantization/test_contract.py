@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bbqrec_kernels import residual_decode, residual_quantize, residual_statistics
 from bbqrec_kernels._dispatch import IMPLEMENTATIONS
+from bbqrec_kernels.residual_quantization import ops
 from bbqrec_kernels.testing import residual_quantization as rq
 from bbqrec_kernels.testing import with_layout
 
@@ -164,16 +165,16 @@ def test_inference_mode(impl: str) -> None:
     assert not result.quantized.requires_grad
 
 
-def test_double_backward_says_that_it_does_not_exist() -> None:
+def test_double_backward_says_that_it_does_not_exist(kernel: str) -> None:
     x, codebooks = rq.random_inputs(5)
     x.requires_grad_()
     codebooks.requires_grad_()
     sentence = "^{}: double backward was asked for, only first derivatives exist; use impl='reference'$"
-    loss = residual_quantize(x, codebooks, impl="cpu").commitment_loss.sum()
+    loss = residual_quantize(x, codebooks, impl=kernel).commitment_loss.sum()
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(ValueError, match=sentence.format("residual_quantize")):
         grad.sum().backward()
-    decoded = residual_decode(torch.zeros(5, 3, dtype=torch.int64), codebooks, impl="cpu")
+    decoded = residual_decode(torch.zeros(5, 3, dtype=torch.int64), codebooks, impl=kernel)
     up = torch.ones_like(decoded).requires_grad_()
     (grad,) = torch.autograd.grad(decoded, codebooks, up, create_graph=True)
     with pytest.raises(ValueError, match=sentence.format("residual_decode")):
@@ -188,43 +189,44 @@ def test_reference_has_second_derivatives() -> None:
     torch.testing.assert_close(torch.autograd.grad(grad.sum(), x)[0], torch.full_like(x, 3 * 2 / x.numel()))
 
 
-OPS = torch.ops.bbqrec_kernels
+OPERATORS = {"cpu": ops.native, "triton": ops.triton}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(layout: str, dtype: torch.dtype) -> None:
+def test_opcheck(kernel: str, layout: str, dtype: torch.dtype) -> None:
+    operators = OPERATORS[kernel]
     x, codebooks = rq.random_inputs((3, 5), width=6, size=4, levels=2, dtype=dtype)
     x, codebooks = with_layout(x.requires_grad_(), layout), with_layout(codebooks.requires_grad_(), layout)
-    codes = with_layout(OPS.residual_quantize(x, codebooks)[1], layout)
+    codes = with_layout(operators.residual_quantize(x, codebooks)[1], layout)
     ups = with_layout(torch.randn_like(x), layout), torch.randn(2), torch.randn(2)
-    torch.library.opcheck(OPS.residual_quantize, (x, codebooks))
-    torch.library.opcheck(OPS.residual_decode, (codes, codebooks))
+    torch.library.opcheck(operators.residual_quantize, (x, codebooks))
+    torch.library.opcheck(operators.residual_decode, (codes, codebooks))
     constants = x.detach(), codebooks.detach()
-    torch.library.opcheck(OPS.residual_statistics, (constants[0], codes, constants[1]))
-    torch.library.opcheck(OPS.residual_quantize_backward, (*constants, codes, *ups, True, True))
-    torch.library.opcheck(OPS.residual_quantize_backward, (*constants, codes, ups[0], None, None, True, False))
-    torch.library.opcheck(OPS.residual_quantize_backward, (*constants, codes, None, None, ups[2], False, True))
-    torch.library.opcheck(OPS.residual_decode_backward, (ups[0].float(), codes, constants[1]))
+    torch.library.opcheck(operators.residual_statistics, (constants[0], codes, constants[1]))
+    torch.library.opcheck(operators.residual_quantize_backward, (*constants, codes, *ups, True, True))
+    torch.library.opcheck(operators.residual_quantize_backward, (*constants, codes, ups[0], None, None, True, False))
+    torch.library.opcheck(operators.residual_quantize_backward, (*constants, codes, None, None, ups[2], False, True))
+    torch.library.opcheck(operators.residual_decode_backward, (ups[0].float(), codes, constants[1]))
 
 
-def everything(x: Tensor, codebooks: Tensor) -> tuple[Tensor, ...]:
+def everything(x: Tensor, codebooks: Tensor, impl: str) -> tuple[Tensor, ...]:
     """All three operators between other computation."""
-    result = residual_quantize(x.tanh(), codebooks)
-    counts, sums = residual_statistics(x, result.codes, codebooks)
-    decoded = residual_decode(result.codes, codebooks)
+    result = residual_quantize(x.tanh(), codebooks, impl=impl)
+    counts, sums = residual_statistics(x, result.codes, codebooks, impl=impl)
+    decoded = residual_decode(result.codes, codebooks, impl=impl)
     loss = result.codebook_loss.sum() + 0.25 * result.commitment_loss.sum()
     loss = loss + (result.quantized.float() * decoded.sin()).sum()
     return loss, result.codes, counts, sums
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("inductor", False), ("aot_eager", True)])
-def test_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
+def test_compile_without_graph_breaks(kernel: str, backend: str, dynamic: bool) -> None:
     compiled = torch.compile(everything, fullgraph=True, backend=backend, dynamic=dynamic)
     for rows in (65, 7) if dynamic else (65,):
         x, codebooks = rq.random_inputs((rows, 2), width=12, size=9)
         x, codebooks = with_layout(x.requires_grad_(), "permuted"), codebooks.requires_grad_()
-        expected, actual = everything(x, codebooks), compiled(x, codebooks)
+        expected, actual = everything(x, codebooks, kernel), compiled(x, codebooks, kernel)
         for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(other, one)
         grads = torch.autograd.grad(expected[0], (x, codebooks))
@@ -232,15 +234,15 @@ def test_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
             torch.testing.assert_close(other, one)
 
 
-def test_export() -> None:
+def test_export(kernel: str) -> None:
     class Quantizer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.codebooks = torch.nn.Parameter(torch.randn(3, 9, 12))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            result = residual_quantize(x, self.codebooks)
-            return result.codes, residual_decode(result.codes, self.codebooks)
+            result = residual_quantize(x, self.codebooks, impl=kernel)
+            return result.codes, residual_decode(result.codes, self.codebooks, impl=kernel)
 
     module = Quantizer()
     rows = torch.export.Dim("rows", min=2)
@@ -265,7 +267,6 @@ def test_forward_mode_and_torch_func_run_in_the_reference():
     torch.testing.assert_close(torch.func.jvp(quantized, (x,), (tangent,))[1], tangent)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("code", [-2, 5])
 def test_compiled_code_refuses_wrong_codes_too(code, impl):
     decode = torch.compile(lambda c, b: residual_decode(c, b, impl=impl), backend="aot_eager")

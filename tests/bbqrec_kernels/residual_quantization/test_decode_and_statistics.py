@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from bbqrec_kernels import residual_decode, residual_quantize, residual_statistics
-from bbqrec_kernels.residual_quantization import reference
+from bbqrec_kernels.residual_quantization import ops, reference
 from bbqrec_kernels.testing import LAYOUTS, assert_gradient, assert_within_budget, poisoned_outputs, with_layout
 from bbqrec_kernels.testing import residual_quantization as rq
+
+OPERATORS = {"cpu": ops.native, "triton": ops.triton}
 
 SHAPES = [
     (0, 8, 3, 4),
@@ -118,8 +120,8 @@ def test_code_out_of_range(impl: str, code: int) -> None:
         residual_statistics(x, codes, codebooks, impl=impl)
 
 
-def test_operator_called_directly_reads_nothing_out_of_bounds() -> None:
-    ops, codes = torch.ops.bbqrec_kernels, torch.zeros(4, 1, dtype=torch.int64)
+def test_operator_called_directly_reads_nothing_out_of_bounds(kernel: str) -> None:
+    ops, codes = OPERATORS[kernel], torch.zeros(4, 1, dtype=torch.int64)
     x, codebooks = torch.randn(4, 3), torch.randn(1, 2, 3)
     with pytest.raises(IndexError, match="codes: got 9"):
         ops.residual_decode_backward(x, codes + 9, codebooks)

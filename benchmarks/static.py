@@ -1,0 +1,396 @@
+"""What the GPU kernels cost, told without a GPU: `python -m benchmarks.static`.
+
+Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, and counts in the machine code: registers,
+spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
+innermost loop with tensor-core instructions, or the longest innermost loop where there is none.
+
+The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
+got worse. tests/compile_only/test_static.py is that comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "static.csv"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+ARCHITECTURES = (80, 90, 100)
+SLACK = 1.05  # of the instructions of a main loop: other versions of a compiler place a few more or less
+
+_SPILLS = ("STL", "LDL")
+_ATOMICS = ("RED", "REDG", "ATOM", "ATOMG")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Triton kernel with the constants of one shape."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]  # of the arguments, by name, as Triton writes them
+    constants: dict[str, Any]  # and num_warps, num_stages
+    unit: str  # what a thread does in one turn of the main loop ...
+    units: float  # ... and how many of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    kernel: str
+    shape: str
+    architecture: str
+    compiler: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: int
+    loop_instructions: int
+    loop_spills: int
+    unit: str
+    instructions_per_unit: float
+    tensor_core_instructions: int
+    global_atomics: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.kernel, self.shape, self.architecture, self.compiler.split()[0]
+
+
+# ---- machine code -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    start: int
+    end: int
+
+
+def loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]:
+    """Innermost loops: backward jumps that no other backward jump lies within. A jump to itself ends a program."""
+    found = []
+    for i, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", text)
+        if target and labels.get(target[1], i) < i:
+            found.append(Loop(labels[target[1]], i))
+    return [a for a in found if not any(b != a and a.start <= b.start and b.end <= a.end for b in found)]
+
+
+def opcodes(instructions: list[str]) -> Counter[str]:
+    """How often each instruction occurs, without its predicate and modifiers."""
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in instructions)
+
+
+def tensor_core_instructions(counts: Counter[str]) -> int:
+    return sum(n for name, n in counts.items() if re.fullmatch(r"(H|I|Q|D|O|B)?G?MMA|UTC\w*MMA|WGMMA", name))
+
+
+def parse(assembly: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions of what `nvdisasm -c` printed for one function, and where its labels are."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        if label := re.match(r"^(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    return instructions, labels
+
+
+def measure(assembly: str) -> dict[str, int]:
+    """The counts of a row that come from machine code."""
+    instructions, labels = parse(assembly)
+    counts = opcodes(instructions)
+    inner = [opcodes(instructions[loop.start : loop.end + 1]) for loop in loops(instructions, labels)]
+    with_tensor_cores = [loop for loop in inner if tensor_core_instructions(loop)]
+    main = max(with_tensor_cores or inner or [Counter()], key=lambda loop: loop.total())
+    return {
+        "instructions": counts.total(),
+        "loop_instructions": main.total(),
+        "loop_spills": sum(main[name] for name in _SPILLS),
+        "tensor_core_instructions": tensor_core_instructions(main),
+        "global_atomics": sum(counts[name] for name in _ATOMICS),
+    }
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """A binary utility of CUDA: that of the Triton wheel, or the one on the PATH.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name if triton else None
+    if bundled and bundled.exists():
+        return str(bundled)
+    if found := shutil.which(name):
+        return found
+    raise FileNotFoundError(f"{name}: found neither in the triton wheel nor on the PATH; pip install triton")
+
+
+def usage(binary: Path) -> dict[str, dict[str, int]]:
+    """Registers, stack and static shared memory of each function of a cubin."""
+    output = subprocess.check_output([tool("cuobjdump"), "-res-usage", binary], text=True)
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    return {
+        name: {"registers": int(registers), "stack_bytes": int(stack), "shared_bytes": int(shared)}
+        for name, registers, stack, shared in re.findall(pattern, output)
+    }
+
+
+def disassemble(binary: Path) -> dict[str, str]:
+    """Machine code of each function of a cubin."""
+    output = subprocess.check_output([tool("nvdisasm"), "-c", binary], text=True)
+    parts = re.split(r"^\.text\.(\S+):$", output, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# ---- Triton -------------------------------------------------------------------------------------------------------
+
+
+def triton_cases() -> list[Case]:
+    """Every Triton kernel, for shapes that make a difference to it."""
+    return [*_residual_quantization_cases()]
+
+
+def _residual_quantization_cases() -> Iterator[Case]:
+    from bbqrec_kernels.residual_quantization import triton_kernels as rq
+
+    types = {
+        **dict.fromkeys(("x", "values", "quantized", "grad_quantized", "grad_x", "source"), "*fp32"),
+        **dict.fromkeys(("codebooks", "codebook", "half_norms", "partials", "residuals", "norms"), "*fp32"),
+        **dict.fromkeys(("commitment_loss", "codebook_loss", "grad_commitment_loss", "upstream"), "*fp32"),
+        **dict.fromkeys(("decoded", "counts", "sums", "edges"), "*fp32"),
+        **dict.fromkeys(("codes", "order", "offsets"), "*i64"),
+        **dict.fromkeys(("rows", "elements", "programs", "chunks"), "i32"),
+        "words": "*fp16",
+        "ranges": "*i32",
+        "keys": "*i16",
+    }
+
+    def per_thread(constants: dict[str, Any], *blocks: str) -> float:
+        elements = functools.reduce(lambda n, block: n * constants[block], blocks, 1)
+        return elements / (32 * constants["num_warps"])
+
+    def quantize(levels: int, size: int, width: int, dtype: str = "fp32") -> Case:
+        constants = rq.quantize_constants(levels, size, width)
+        name = f"L={levels} K={size} D={width}" + ("" if dtype == "fp32" else f" {dtype}")
+        typed = types | {"x": f"*{dtype}", "quantized": f"*{dtype}"}
+        units = per_thread(constants, "BLOCK_ROWS", "BLOCK_SIZE")
+        return Case(name, rq._quantize_kernel, typed, constants, "distance", units)
+
+    yield quantize(3, 256, 64)
+    yield quantize(3, 256, 64, "bf16")
+    yield quantize(4, 1024, 256)
+    yield quantize(4, 500, 100)
+    yield quantize(4, 1024, 512)
+    yield quantize(3, 3000, 48)
+    for levels, size, width in ((3, 256, 64), (4, 1024, 256)):
+        shape = f"L={levels} K={size} D={width}"
+        books = rq.codebook_constants(levels, size, width)
+        padded = {"PADDED_SIZE": rq.quantize_constants(levels, size, width)["PADDED_SIZE"]}
+        yield Case(shape, rq._range_kernel, types, books, "", 0)
+        yield Case(shape, rq._prepare_kernel, types, books | padded, "", 0)
+        rows = rq.row_constants(levels, size, width)
+        elements = per_thread(rows, "BLOCK_ROWS", "BLOCK_WIDTH")
+        yield Case(shape, rq._decode_kernel, types, rows, "element and level", elements)
+        both = rows | {"HAS_QUANTIZED": True, "HAS_COMMITMENT": True}
+        yield Case(shape, rq._grad_x_kernel, types, both, "element and level", elements)
+        segments = rq.segment_constants(levels, size, width)
+        for of in ("value", "residual", "rest"):
+            units = per_thread(segments, "BLOCK_ROWS", "BLOCK_WIDTH")
+            yield Case(f"{shape} {of}", rq._segment_sums_kernel, types, segments | {"OF": of}, "element", units)
+        join = rq.join_constants(size, width) | {"COUNT": True}
+        units = per_thread(join, "BLOCK_CHUNKS", "BLOCK_WIDTH")
+        yield Case(shape, rq._join_segments_kernel, types, join, "element", units)
+    wide = rq.wide_constants(256, 768)
+    units = per_thread(wide, "BLOCK_ROWS", "BLOCK_SIZE", "BLOCK_WIDTH")
+    yield Case("K=256 D=768", rq._wide_level_kernel, types, wide, "element of a distance", units)
+    yield Case("L=3", rq._losses_kernel, types, {"LEVELS": 3, "BLOCK": 1024, "num_warps": 4}, "", 0)
+    keys = {"SIZE": 256, "LEVELS": 3, "BLOCK_ROWS": 1024, "num_warps": 4}
+    yield Case("L=3 K=256", rq._keys_kernel, types, keys, "", 0)
+
+
+def measure_triton(case: Case, architecture: int) -> Row:
+    """Compiles a kernel with the options of its launcher, and counts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bbqrec_kernels.residual_quantization.triton_kernels import OPTIONS
+
+    constants = dict(case.constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", constants[name]
+        else:
+            signature[name] = case.types[name]
+            if case.types[name].startswith("*"):  # what the allocator guarantees
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options | OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        (function, resources), *_ = usage(binary).items()
+        counts = measure(disassemble(binary)[function])
+    per_unit = round(counts["loop_instructions"] / case.units, 2) if case.units else 0.0
+    return Row(
+        kernel=function.strip("_").removesuffix("_kernel"),
+        shape=case.name,
+        architecture=f"sm_{architecture}",
+        compiler=f"triton {triton.__version__}",
+        unit=case.unit,
+        instructions_per_unit=per_unit,
+        **(resources | {"shared_bytes": compiled.metadata.shared} | counts),
+    )
+
+
+# ---- CUDA C++ -----------------------------------------------------------------------------------------------------
+
+
+def measure_cuda(source: Path, architecture: int) -> list[Row]:
+    """Compiles a .cu, and counts in each of its kernels. Dynamic shared memory is not in the machine code."""
+    import torch
+
+    target = f"sm_{architecture}" + ("a" if architecture >= 90 else "")
+    headers = Path(torch.__file__).parent / "include"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernels.cubin"
+        command = [
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            "-cubin",
+            f"-arch={target}",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ]
+        includes = [f"-I{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include", ROOT / "csrc")]
+        subprocess.run([*command, *includes, "-DUSE_CUDA", "-o", binary, source], check=True)
+        code, version = disassemble(binary), subprocess.check_output(["nvcc", "--version"], text=True)
+        release = re.search(r"release ([\d.]+)", version)[1]
+        rows = []
+        for function, resources in usage(binary).items():
+            name = (
+                subprocess.run(["c++filt", "-p", function], capture_output=True, text=True).stdout.strip() or function
+            )
+            counts = measure(code[function])
+            rows.append(
+                Row(
+                    name,
+                    source.stem,
+                    target,
+                    f"nvcc {release}",
+                    unit="",
+                    instructions_per_unit=0.0,
+                    **resources,
+                    **counts,
+                )
+            )
+    return rows
+
+
+# ---- table --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path = TABLE) -> list[Row]:
+    kinds = {"int": int, "float": float, "str": str}
+    with path.open(newline="") as file:
+        return [Row(**{f.name: kinds[f.type](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+
+
+def write(rows: list[Row], path: Path = TABLE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def faults(row: Row, recorded: Row | None) -> list[str]:
+    """What is worse than the rules allow, or than the table says. Empty: nothing."""
+    where = f"{row.kernel} ({row.shape}, {row.architecture}, {row.compiler})"
+    found = []
+    if row.loop_spills:
+        found.append(f"{where}: {row.loop_spills} spills in the main loop, expected none")
+    if recorded is None:
+        return [*found, f"{where}: is not in {TABLE.name}; run python -m benchmarks.static --write"]
+    if row.loop_instructions > recorded.loop_instructions * SLACK:
+        found.append(
+            f"{where}: {row.loop_instructions} instructions in the main loop, recorded {recorded.loop_instructions}"
+        )
+    if recorded.tensor_core_instructions and not row.tensor_core_instructions:
+        found.append(f"{where}: no tensor-core instruction in the main loop")
+    if row.global_atomics > recorded.global_atomics:
+        found.append(f"{where}: {row.global_atomics} global atomics, recorded {recorded.global_atomics}")
+    return found
+
+
+def render(rows: list[Row]) -> str:
+    header = ("kernel", "shape", "arch", "regs", "stack", "shared", "loop", "spills", "per unit", "mma", "atomics")
+    lines = [header]
+    for r in rows:
+        per_unit = f"{r.instructions_per_unit:g} / {r.unit}" if r.unit else ""
+        numbers = r.registers, r.stack_bytes, r.shared_bytes, r.loop_instructions, r.loop_spills
+        lines.append(
+            (r.kernel, r.shape, r.architecture, *numbers, per_unit, r.tensor_core_instructions, r.global_atomics)
+        )
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(str(cell).ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"renew {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a kernel got worse than the table")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--triton-only", action="store_true", help="leave out the CUDA kernels")
+    options = parser.parse_args(arguments)
+    if options.write and (options.arch or options.kernel or options.triton_only):
+        parser.error("--write renews the whole table: leave out --arch, --kernel and --triton-only")
+    rows = []
+    for architecture in options.arch or ARCHITECTURES:
+        if importlib.util.find_spec("triton"):
+            rows += [measure_triton(c, architecture) for c in triton_cases() if options.kernel in c.kernel.__name__]
+        else:
+            print("no Triton kernels: pip install triton", file=sys.stderr)
+        if options.triton_only:
+            continue
+        if shutil.which("nvcc"):
+            for source in sorted(CUDA_SOURCES.glob("*.cu")):
+                rows += [row for row in measure_cuda(source, architecture) if options.kernel in row.kernel]
+        else:
+            print("no CUDA kernels: nvcc is not on the PATH", file=sys.stderr)
+    print(render(rows))
+    if options.write:
+        write(rows)
+    if not options.check:
+        return 0
+    recorded = {row.key: row for row in read()}
+    found = [fault for row in rows for fault in faults(row, recorded.get(row.key))]
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

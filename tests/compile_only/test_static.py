@@ -1,0 +1,116 @@
+"""Every GPU kernel compiles without a GPU, and none costs more than benchmarks/results/static.csv says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import static
+
+ROOT = Path(__file__).parents[2]
+OLD_TRITON = ROOT / "build" / "triton-3.6.0"  # `make check` puts it there
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Runs benchmarks.static in a process of its own: Triton must not be in the interpreter's mode."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.static", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
+def test_no_kernel_costs_more_than_recorded(architecture: int) -> None:
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("no Triton: pip install triton")
+    output = run("--check", "--arch", str(architecture))
+    recorded = [row for row in static.read() if row.architecture.startswith(f"sm_{architecture}")]
+    assert recorded
+    for row in recorded:
+        if row.compiler.startswith("triton"):
+            assert row.shape in output
+
+
+@pytest.mark.check
+def test_the_oldest_triton_compiles_every_kernel() -> None:
+    if not (OLD_TRITON / "triton").is_dir():
+        pytest.skip(f"no Triton 3.6 at {OLD_TRITON.relative_to(ROOT)}; `make check` installs it where pip has it")
+    path = os.pathsep.join([str(OLD_TRITON), os.environ.get("PYTHONPATH", "")])
+    code = "import triton; print(triton.__version__)"
+    environment = {**os.environ, "PYTHONPATH": path}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).startswith("3.6.")
+    output = run("--arch", "90", "--triton-only", PYTHONPATH=path)
+    for case in ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level"):
+        assert f"\n{case} " in output
+
+
+def test_recorded_table_keeps_the_rules() -> None:
+    rows = static.read()
+    assert len({row.key for row in rows}) == len(rows)
+    for row in rows:
+        assert row.loop_spills == 0, row
+        if row.kernel == "quantize":
+            assert row.tensor_core_instructions > 0, row
+        if row.kernel in ("segment_sums", "join_segments", "quantize", "decode", "grad_x"):
+            assert row.global_atomics == 0, row
+
+
+def test_what_is_worse_is_a_fault() -> None:
+    row = next(row for row in static.read() if row.kernel == "quantize")
+    assert static.faults(row, row) == []
+    worse = {
+        "loop_spills": (2, "2 spills in the main loop, expected none"),
+        "loop_instructions": (int(row.loop_instructions * 1.2), "instructions in the main loop, recorded"),
+        "tensor_core_instructions": (0, "no tensor-core instruction in the main loop"),
+        "global_atomics": (1, "1 global atomics, recorded 0"),
+    }
+    for name, (value, sentence) in worse.items():
+        (fault,) = static.faults(replace(row, **{name: value}), row)
+        assert sentence in fault
+    assert "is not in static.csv" in static.faults(row, None)[0]
+
+
+ASSEMBLY = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x64x16.F32 R24, gdesc[UR4], R24 ;
+        /*0020*/                   STL [R1], R4 ;
+.L_x_2:
+        /*0030*/              @!P0 FADD R2, R2, R3 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   FMNMX R2, R2, R3, !PT ;
+.L_x_3:
+        /*0060*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0070*/                   LDL R4, [R1] ;
+        /*0080*/                   FADD R2, R2, R3 ;
+        /*0090*/               @P1 BRA `(.L_x_3) ;
+        /*00a0*/               @P0 BRA `(.L_x_1) ;
+        /*00b0*/                   REDG.E.ADD.F32 desc[UR4][R2.64], R5 ;
+        /*00c0*/                   EXIT ;
+.L_x_4:
+        /*00d0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_counts_of_known_machine_code() -> None:
+    counts = static.measure(ASSEMBLY)
+    assert counts == {
+        "instructions": 14,
+        "loop_instructions": 4,  # of the innermost loop with a tensor-core instruction
+        "loop_spills": 1,
+        "tensor_core_instructions": 1,
+        "global_atomics": 1,
+    }

@@ -39,10 +39,10 @@ class Tiger(nn.Module):
         self.register_buffer("codes", semantic_ids.codes.clone())
         self.register_buffer("codebooks", semantic_ids.codebooks.clone())  # not read here: what the codes stand for
         self.tree = IDTree(self.codes, semantic_ids.codebook_size)
-        offsets = torch.tensor([0, *self.tree.sizes]).cumsum(0)
+        offsets = torch.tensor([0, *self.tree.sizes[:-1]]).cumsum(0)
         self.register_buffer("offsets", offsets, persistent=False)  # where the tokens of each depth start
         dim, depth = config.dim, self.tree.depth
-        self.vocabulary = nn.Parameter(torch.randn(int(offsets[-1]), dim) * dim**-0.5)
+        self.vocabulary = nn.Parameter(torch.randn(sum(self.tree.sizes), dim) * dim**-0.5)
         self.item_positions = nn.Parameter(torch.randn(config.max_length, dim) * 0.02)
         self.token_positions = nn.Parameter(torch.randn(depth, dim) * 0.02)
         self.steps = nn.Parameter(torch.randn(depth, dim) * 0.02)  # of the decoder: all that its first one starts from
@@ -128,10 +128,10 @@ class Tiger(nn.Module):
 
     def _embed(self, tokens: Tensor, depths: slice) -> Tensor:
         """`tokens (..., S)`, counted from 0 at each of `depths`, to `(..., S, dim)`."""
-        return F.embedding(tokens + self.offsets[:-1][depths], self.vocabulary)
+        return F.embedding(tokens + self.offsets[depths], self.vocabulary)
 
     def _logits(self, hidden: Tensor, depth: int) -> Tensor:
-        return hidden @ self.vocabulary[self.offsets[depth] : self.offsets[depth + 1]].T
+        return hidden @ self.vocabulary.split(self.tree.sizes)[depth].T
 
 
 class Memory(NamedTuple):

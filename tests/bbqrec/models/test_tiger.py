@@ -54,7 +54,8 @@ def decoded_token_by_token(ranker, history, item):
         for k in range(depth):
             inputs[k + 1] += ranker.vocabulary[ranker.offsets[k] + tokens[k]]
         hidden = ranker._decode(inputs[None, None], memory)[0][0, 0, -1]
-        table = ranker.vocabulary[ranker.offsets[depth] : ranker.offsets[depth + 1]]
+        start = sum(ranker.tree.sizes[:depth])
+        table = ranker.vocabulary[start : start + ranker.tree.sizes[depth]]
         total = total + (table @ hidden).log_softmax(0)[token]
     return total
 
@@ -200,10 +201,10 @@ def test_what_always_follows_is_learned():
         while len(row) < 6:
             row.append((3 * row[-1] + 1) % N_ITEMS)
     histories = Histories.from_lists(rows)
-    ranker = Tiger(ModelConfig(dim=32, max_length=6, dropout=0.0, beam=5), semantic_ids()).train()
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=5e-3)
+    ranker = Tiger(ModelConfig(dim=32, layers=1, max_length=6, dropout=0.0, beam=5), semantic_ids(modalities=1)).train()
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=3e-3)
     batches = PrefixBatches(histories, 6, batch_tokens=256, seed=0)
-    for epoch in range(40):
+    for epoch in range(45):
         batches.set_epoch(epoch)
         for batch in batches:
             optimizer.zero_grad()

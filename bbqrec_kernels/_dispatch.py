@@ -45,7 +45,7 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
         if chosen == "reference" and not wish:
-            _warn_once(operator, blockers[_expected(operator, tensors[0])])
+            _warn_once(operator, _reason(operator, tensors[0], blockers))
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -68,11 +68,12 @@ def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
     return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
 
 
-def _expected(operator: str, tensor: Tensor) -> str:
-    """The implementation that should have run instead of the reference."""
+def _reason(operator: str, tensor: Tensor, blockers: dict[str, str | None]) -> str:
+    """Why none of those that should have run instead of the reference can."""
     if tensor.device.type == "cpu":
-        return "cpu"
-    return next((name for name, operators in _KERNELS.items() if operator in operators), "cuda")
+        return blockers["cpu"]
+    expected = [name for name, operators in _KERNELS.items() if operator in operators]
+    return "; ".join(f"{name}: {blockers[name]}" for name in expected) or _NO_SUCH_KERNEL
 
 
 def _cuda_blocker(device: str) -> str | None:

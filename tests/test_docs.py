@@ -13,7 +13,7 @@ PAGES = sorted(
     if path.is_file()
 )
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-OPTION = re.compile(r"`((?:tokenizer|model|training)\.(?!safetensors)\w+)(?:=[^`]*)?`")
+OPTION = re.compile(r"`((?:tokenizer|model|training)\.(?!safetensors|json|py)\w+)(?:=[^`]*)?`")
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:

@@ -295,7 +295,12 @@ BBQ_DEVICE double sum_of_squares(float square, bool bad) {
 // best and the second best score of each class, with k / 16 in their lowest bits.
 template <int kWidth>
 struct Encode {
-  static constexpr int kThreads = kWidth <= 64 ? 256 : 128, kBlocks = kWidth <= 128 ? 2 : 1;
+  static constexpr int kThreads = kWidth <= 64 ? 256 : 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kBlocks = kWidth == 64 || kWidth == 256 ? 1 : 2;  // shared memory holds no second one of 64
+#else
+  static constexpr int kBlocks = kWidth <= 128 ? 2 : 1;
+#endif
   static constexpr int kTile = kWidth <= 128 ? 64 : 32;  // codewords of one copy
   static constexpr int kStages = 2;                      // tiles in shared memory
   static constexpr int kClasses = 16;

@@ -35,7 +35,9 @@ def test_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     assert RESIDENT_THREADS.keys() <= cubin.kernels.keys(), list(cubin.kernels)
     for name, usage in cubin.kernels.items():
         assert usage.spill_store_bytes == usage.spill_load_bytes == usage.stack_bytes == 0, (name, usage)
-        assert usage.registers * RESIDENT_THREADS.get(name, 512) <= 65536, (name, usage)
+        # An older GPU's shared memory holds one block of Encode<64>.
+        threads = 256 if (architecture, name) == ("80", "Encode<64>") else RESIDENT_THREADS.get(name, 512)
+        assert usage.registers * threads <= 65536, (name, usage)
 
 
 def test_library_links_and_names_what_it_needs(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def run(*arguments: str, **environment: str) -> str:
 def test_no_kernel_costs_more_than_recorded(architecture: int) -> None:
     if not importlib.util.find_spec("triton"):
         pytest.skip("no Triton: pip install triton")
-    output = run("--check", "--arch", str(architecture))
+    recorded = any(row.architecture.startswith(f"sm_{architecture}") for row in static.read())
+    output = run("--arch", str(architecture), *(["--check"] if recorded else []))  # otherwise it only has to compile
     for case in ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level"):
         assert f"\n{case} " in output
 

@@ -36,12 +36,10 @@ def run(*arguments: str, **environment: str) -> str:
 def test_no_kernel_costs_more_than_recorded(architecture: int) -> None:
     if not importlib.util.find_spec("triton"):
         pytest.skip("no Triton: pip install triton")
-    output = run("--check", "--arch", str(architecture))
-    recorded = [row for row in static.read() if row.architecture.startswith(f"sm_{architecture}")]
-    assert recorded
-    for row in recorded:
-        if row.compiler.startswith("triton"):
-            assert row.shape in output
+    recorded = any(row.architecture.startswith(f"sm_{architecture}") for row in static.read())
+    output = run("--arch", str(architecture), *(["--check"] if recorded else []))  # otherwise it only has to compile
+    for case in ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level"):
+        assert f"\n{case} " in output
 
 
 @pytest.mark.check
@@ -80,7 +78,8 @@ def test_what_is_worse_is_a_fault() -> None:
     for name, (value, sentence) in worse.items():
         (fault,) = static.faults(replace(row, **{name: value}), row)
         assert sentence in fault
-    assert "is not in static.csv" in static.faults(row, None)[0]
+    assert static.faults(row, None) == []
+    assert static.faults(replace(row, loop_spills=1), None)
 
 
 ASSEMBLY = """

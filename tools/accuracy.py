@@ -1,6 +1,7 @@
 """Measures accuracy: fits models with several seeds, writes a CSV row for each run and split, prints a table of means.
 
     python tools/accuracy.py --data DATA --out runs/accuracy --csv docs/results/NAME.csv
+    python tools/accuracy.py --table docs/results/*.csv    # one table of files written before, no run
 
 Finished runs in `--out` are not fitted again, unfinished ones are resumed.
 """
@@ -33,7 +34,7 @@ def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) ->
     commit = note.read_text() if note.exists() else ""
     measured = {"seconds": run.facts["seconds"], "peak_memory_mb": run.facts["peak_memory_mb"]}
     made = {"commit": commit, "device": run.facts["device"]}
-    facts = {"seed": seed, **measured, "data": data.name, **run.facts["versions"], **made}
+    facts = {"options": " ".join(options), "seed": seed, **measured, "data": data.name, **run.facts["versions"], **made}
     rows = []
     for split in ("validation", "test"):
         rows.append({"model": model, "split": split, **_metrics(run.metrics[split]), **facts})
@@ -58,6 +59,32 @@ def markdown(rows: pl.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def table_of(files: list[Path]) -> str:
+    """One line a data set, model and set of options: means over seeds, on the test split."""
+    head = [
+        "data",
+        "model",
+        "options",
+        "seeds",
+        "Recall@10",
+        "NDCG@10",
+        "validation NDCG@10",
+        "minutes",
+        "peak memory, MB",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for path in files:
+        rows = pl.read_csv(path).fill_null("")
+        for model, title in TITLES.items():
+            for (options,), chosen in rows.filter(model=model).group_by("options", maintain_order=True):
+                test, validation = chosen.filter(split="test"), chosen.filter(split="validation")
+                cells = [chosen["data"][0], title, f"`{options}`" if options else "", str(len(test))]
+                cells += [_mean(test["recall@10"]), _mean(test["ndcg@10"]), _mean(validation["ndcg@10"])]
+                costs = [f"{test['seconds'].mean() / 60:.1f}", f"{test['peak_memory_mb'].mean():.0f}"]
+                lines.append(f"| {' | '.join(cells + (['', ''] if model == 'most_popular' else costs))} |")
+    return "\n".join(lines)
+
+
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
@@ -73,13 +100,19 @@ def _mean(column: pl.Series) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run folders")
-    parser.add_argument("--csv", type=Path, required=True, help="file to write")
+    parser.add_argument("--table", type=Path, nargs="+", help="files to show in one table, instead of measuring")
+    parser.add_argument("--data", type=Path, help="data set")
+    parser.add_argument("--out", type=Path, help="folder of the run folders")
+    parser.add_argument("--csv", type=Path, help="file to write")
     parser.add_argument("--models", nargs="+", default=["sasrec", "bbqrec"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of all runs")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table_of(arguments.table))
+        return
+    if not (arguments.data and arguments.out and arguments.csv):
+        parser.error("--data, --out and --csv are needed to measure")
 
     rows = []
     spawn = multiprocessing.get_context("spawn")

@@ -14,9 +14,9 @@ namespace {
 // A product keeps kTileRows rows times kTileVectors vectors of sums in registers.
 constexpr int kTileVectors = 2;
 constexpr int kTileRows = kRegisters * 3 / 4 / (kTileVectors * kVectorRegisters);
-static_assert(kBlock % kLanes == 0);
-// Products summed in one go: rounding errors grow with kDepth + width / kDepth.
-constexpr int64_t kDepth = 64;
+// Products over the width that are summed in one go: rounding errors grow with kDepth + width / kDepth.
+constexpr int64_t kDepth = 32;
+static_assert(kBlock % kLanes == 0 && kDepth % kLanes == 0);
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
@@ -263,15 +263,15 @@ bool finite(Rows rows, int64_t count, int64_t width) {
 struct ByRows {  // rows in memory
   const float* data;
   int64_t row;
-  static constexpr int64_t step = 1;
+  static constexpr int64_t step = 1, depth = kDepth;
 };
 struct OfTile {  // rows of a tile
   const float* data;
-  static constexpr int64_t row = kBlock, step = 1;
+  static constexpr int64_t row = kBlock, step = 1, depth = kBlock;
 };
 struct AcrossTile {  // columns of a tile
   const float* data;
-  static constexpr int64_t row = 1, step = kBlock;
+  static constexpr int64_t row = 1, step = kBlock, depth = kBlock;
 };
 
 // target (+)= Σ_t left[., t]·right[t, .], each element in one go over t.
@@ -304,14 +304,15 @@ BBQ_INLINE void product_rows(int64_t count, Arguments... arguments) {
   if constexpr (rows > 1) product_rows<vectors, rows - 1>(count, arguments...);
 }
 
-// The same for up to kTileRows rows, any number of vectors, and any number of steps: sums of kDepth products are added.
+// The same for up to kTileRows rows, any number of vectors, and any number of steps, `depth` of them in one go.
 template <class Left>
 void product(int64_t rows, int64_t vectors, Left left, Rows right, int64_t steps, float* target, int64_t target_row,
              bool add) {
-  for (; steps > kDepth; steps -= kDepth, add = true) {
-    product(rows, vectors, left, right, kDepth, target, target_row, add);
-    left.data += kDepth * Left::step;
-    right.data += kDepth * right.stride;
+  constexpr int64_t depth = Left::depth;
+  for (; steps > depth; steps -= depth, add = true) {
+    product(rows, vectors, left, right, depth, target, target_row, add);
+    left.data += depth * Left::step;
+    right.data += depth * right.stride;
   }
   int64_t v = 0;
   for (; v + kTileVectors <= vectors; v += kTileVectors) {
@@ -357,8 +358,8 @@ struct Lanes {
 
 constexpr int64_t kNear = int64_t{1} << 29;
 BBQ_INLINE bool is_near(int64_t position, int64_t base) {
-  const uint64_t distance = static_cast<uint64_t>(position) - static_cast<uint64_t>(base) + kNear;  // wraps
-  return distance < 2 * static_cast<uint64_t>(kNear);
+  const uint64_t a = static_cast<uint64_t>(position), b = static_cast<uint64_t>(base);
+  return (position > base ? a - b : b - a) < static_cast<uint64_t>(kNear);  // unsigned: no difference overflows
 }
 
 // The tokens of one side of a tile: `data` of a channel, from token `first` on.

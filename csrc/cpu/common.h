@@ -23,7 +23,6 @@ namespace bbq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 template <class T>

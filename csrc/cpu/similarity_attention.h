@@ -23,8 +23,6 @@ struct Channel {
   int64_t gradient;         // of the first head, among the gradients of all tables; heads are `buckets` apart
 };
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
-
 struct Attention {
   Element element;  // of query, key, value, the output and their gradients
   const void *query, *key, *value;

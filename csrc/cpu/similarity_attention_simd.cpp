@@ -64,7 +64,7 @@ BBQ_INLINE Floats exponential(Floats x) {
   x = bit_cast<Floats>(_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(90.0f), bit_cast<__m512>(x)));
 #else
   const Ints vanishes = x < -86.9f;
-  x = x > 90.0f ? broadcast(90.0f) : x;
+  x = x > 89.0f ? broadcast(89.0f) : x;  // infinity already; from k = 130 on, the exponent below would wrap
 #endif
   const Floats shifted = x * kLog2E + kRound, k = shifted - kRound;
   const Floats r = (x - k * kLn2High) - k * kLn2Low;
@@ -857,19 +857,23 @@ BBQ_INLINE void weigh_backward(const Attention& a, const Buckets& buckets, int64
 template <int count>
 BBQ_INLINE void add_buckets(const uint8_t* buckets, const float* grad_scores, int64_t rows, const int64_t* counts,
                             int64_t first, double* table) {
-  Floats sums[count] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < counts[i]; j += kLanes) {
-      const Ints bucket = load_bytes(buckets + i * kBlock + j) - static_cast<int32_t>(first);
-      const Floats grad = load(grad_scores + i * kBlock + j);
-      unroll<count>([&]<int b>() BBQ_INLINE_LAMBDA { sums[b] = add_where(sums[b], bucket == b, grad); });
+  // A lane adds at most 256 numbers in float, whatever the width.
+  constexpr int64_t kRows = 4 * kLanes;
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    Floats sums[count] = {};
+    for (int64_t i = begin; i < least(rows, begin + kRows); ++i) {
+      for (int64_t j = 0; j < counts[i]; j += kLanes) {
+        const Ints bucket = load_bytes(buckets + i * kBlock + j) - static_cast<int32_t>(first);
+        const Floats grad = load(grad_scores + i * kBlock + j);
+        unroll<count>([&]<int b>() BBQ_INLINE_LAMBDA { sums[b] = add_where(sums[b], bucket == b, grad); });
+      }
     }
+    unroll<count>([&]<int b>() BBQ_INLINE_LAMBDA {
+      double* target = table + (first + b) * kLanes;
+      const Doubles total = load_as<Doubles>(target) + widen(sums[b]);
+      __builtin_memcpy(target, &total, sizeof(total));
+    });
   }
-  unroll<count>([&]<int b>() BBQ_INLINE_LAMBDA {
-    double* target = table + (first + b) * kLanes;
-    const Doubles total = load_as<Doubles>(target) + widen(sums[b]);
-    __builtin_memcpy(target, &total, sizeof(total));
-  });
 }
 
 // Masked sums in registers cost two instructions a bucket: many buckets are cheaper lane by lane.

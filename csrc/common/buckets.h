@@ -1,12 +1,13 @@
 // The bucket of one pair of tokens in one channel of an attention term. Free of torch, for host and device code.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define BBQ_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define BBQ_HOST_DEVICE inline
+// Always inlined: a copy in the library would be that of one SIMD target, for all.
+#define BBQ_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace bbq {

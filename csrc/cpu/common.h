@@ -1,4 +1,4 @@
-// Shared by the CPU operators: stable-ABI includes, dtype dispatch, row loading, fixed partitions of work.
+// Shared by the CPU operators: stable-ABI includes, loops over cores, memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,55 +18,12 @@
 #include <string>
 #include <vector>
 
-// One binary for every x86-64: the loader picks the clone that the machine can run. Elsewhere: the baseline.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(BBQ_NO_CLONES)
-#define BBQ_SIMD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3")))
-#else
-#define BBQ_SIMD_CLONES
-#endif
-
-#if defined(__GNUC__)
-#define BBQ_INLINE inline __attribute__((always_inline))
-#else
-#define BBQ_INLINE inline
-#endif
-
 namespace bbq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Calls f with a value of the C++ type of a floating dtype.
-template <class F>
-void dispatch_float(ScalarType dtype, const char* name, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(c10::BFloat16{});
-    case ScalarType::Half:
-      return f(c10::Half{});
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected dtype float32, bfloat16 or float16");
-  }
-}
-
-template <class T>
-BBQ_INLINE void load_row(const T* source, float* target, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) target[d] = static_cast<float>(source[d]);
-}
-
-template <class T>
-BBQ_INLINE void store_row(const float* source, T* target, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) target[d] = static_cast<T>(source[d]);
-}
-
-BBQ_INLINE void add_scaled(float* target, const float* source, float scale, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) target[d] += scale * source[d];
-}
 
 template <class T>
 const T* data(const Tensor& tensor) {

@@ -8,8 +8,6 @@
 
 namespace bbq {
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
-
 struct Codebooks {
   const float* words;  // (levels, size, width)
   int64_t levels, size, width;

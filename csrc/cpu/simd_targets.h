@@ -11,6 +11,8 @@
 
 namespace bbq {
 
+enum class Element { kFloat32, kBFloat16, kFloat16 };  // of the tensors that the kernels get
+
 #define BBQ_NAME(target) target,
 enum class SimdTarget { BBQ_FOR_SIMD_TARGETS(BBQ_NAME) };
 #undef BBQ_NAME

@@ -21,6 +21,8 @@ from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_
 ALL_KINDS = ("prefix", "matches", "cosine", "gap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+pytestmark = pytest.mark.usefixtures("target")
+
 
 def check(inputs: AttentionInputs, dtype: torch.dtype, gate: GradientGate | None = None) -> dict[str, torch.Tensor]:
     """Compares output and every gradient with float64, and returns the kernel's gradients."""

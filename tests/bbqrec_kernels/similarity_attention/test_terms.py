@@ -11,6 +11,7 @@ from bbqrec_kernels.similarity_attention.reference import buckets
 from bbqrec_kernels.testing.similarity_attention import random_inputs
 
 IMPLEMENTATIONS = ("reference", "cpu")
+pytestmark = pytest.mark.usefixtures("target")
 LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 

@@ -78,7 +78,9 @@ def test_simd_objects_share_no_function(tmp_path: Path, build_type: str) -> None
     for file in objects:
         listing = subprocess.check_output(["nm", "--defined-only", "--extern-only", "-C", file], text=True)
         defined = [line.split(maxsplit=2) for line in listing.splitlines()]
-        assert {name.rpartition("::")[0] for _, _, name in defined} == {f"bbq::{simd_name(file)}"}, listing
+        # The address of the runtime's exception handler is the same in all of them.
+        names = {name.rpartition("::")[0] for _, _, name in defined if not name.startswith("DW.ref.")}
+        assert names == {f"bbq::{simd_name(file)}"}, listing
 
 
 def simd_name(file: Path) -> str:

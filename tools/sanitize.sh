@@ -28,7 +28,7 @@ assert "-fsanitize=address,undefined" in library.CPU.build["flags"], library.CPU
 assert hasattr(ctypes.CDLL(None), "__asan_init"), "the sanitizer's runtime is not in the process"
 CHECK
 # torch.compile starts compilers and worker processes, and runs the same kernels; csrc/simt exchanges stacks, which the
-# sanitizer cannot follow, and checks every access itself; avx2x16 is for tests alone, and slow. A report ends the process, so nothing may hold back what was
-# written to stderr, and pytest may not take the signal.
+# sanitizer cannot follow, and checks every access itself; avx2x16 is for tests alone, and slow. A report ends the
+# process, so nothing may hold back what was written to stderr, and pytest may not take the signal.
 "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -q \
   -k "not compile and not export and not simt and not avx2x16" "$@" tests

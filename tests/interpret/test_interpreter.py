@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 OPERATOR = "tests/bbqrec_kernels/residual_quantization"
 # Each with the least number of tests that must have passed: a selection that matches nothing would pass unseen.
 MODULES = {
-    f"{OPERATOR}/test_contract.py": 35,
+    f"{OPERATOR}/test_contract.py": 30,
     f"{OPERATOR}/test_decode_and_statistics.py": 90,
     f"{OPERATOR}/test_independence.py": 8,
     f"{OPERATOR}/test_values.py": 150,

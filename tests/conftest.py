@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    hypothesis.settings.register_profile("repeatable", derandomize=True)  # what passes once passes always
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,8 @@ def assert_codes(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
     """Checks that every code is a nearest codeword, up to the rounding of float32.
 
     With the residual that the codes of the levels before leave in float64, the squared distance of the chosen codeword
-    may exceed the least one by at most `CODE_BAND * (‖x‖² + max‖c‖²)`, `x` being the row itself.
+    may exceed the least one by at most `CODE_BAND * (‖x‖² + max‖c‖²)`, `x` being the row itself, and by squares so small
+    that float32 has no normal number for them.
 
     Args:
         codes: `(..., levels)` integers, no bad rows.
@@ -92,6 +93,7 @@ def assert_codes(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
         raise AssertionError(f"codes: got {codes.min()} to {codes.max()}, expected 0 to {size - 1}")
     residual, books = x.detach().reshape(-1, width).double(), codebooks.detach().double()
     band = CODE_BAND * (residual.square().sum(-1) + books.square().sum(-1).max())
+    band = band + width * torch.finfo(torch.float32).tiny
     for level, (words, chosen) in enumerate(zip(books, codes.reshape(-1, levels).unbind(-1), strict=True)):
         distances = torch.cdist(residual, words, compute_mode="donot_use_mm_for_euclid_dist").square()
         excess = distances.gather(-1, chosen[:, None].long())[:, 0] - distances.amin(-1) - band

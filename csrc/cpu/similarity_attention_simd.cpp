@@ -79,7 +79,7 @@ BBQ_INLINE Floats exponential(Floats x) {
   return bit_cast<Floats>(_mm512_maskz_scalef_ps(kAllLanes, bit_cast<__m512>(p), bit_cast<__m512>(k)));
 #else
   // In two factors: k may be 128, where 2^k is no float.
-  const Ints exponent = (bit_cast<Ints>(shifted) << 23) + (126 << 23);
+  const Words exponent = (bit_cast<Words>(shifted) << 23) + (126u << 23);  // wraps only where it does not count
   return vanishes ? Floats{} : p * bit_cast<Floats>(exponent) * 2.0f;
 #endif
 }

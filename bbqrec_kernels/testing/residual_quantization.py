@@ -75,8 +75,8 @@ def assert_codes(codes: Tensor, x: Tensor, codebooks: Tensor) -> None:
     """Checks that every code is a nearest codeword, up to the rounding of float32.
 
     With the residual that the codes of the levels before leave in float64, the squared distance of the chosen codeword
-    may exceed the least one by at most `CODE_BAND * (‖x‖² + max‖c‖²)`, `x` being the row itself, and by squares so small
-    that float32 has no normal number for them.
+    may exceed the least one by at most `CODE_BAND * (‖x‖² + max‖c‖²)`, `x` being the row itself, and by squares for
+    which float32 has no normal number.
 
     Args:
         codes: `(..., levels)` integers, no bad rows.

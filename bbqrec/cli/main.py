@@ -255,7 +255,7 @@ def _recommendations(
             "rank": rank,
             "item": item,
             "title": model.title(item),
-            "score": round(score, 4),
+            "score": score,
             "semantic_id": model.semantic_id(item),
         }
         for rank, (item, score) in enumerate(best, start=1)

@@ -251,7 +251,10 @@ def test_what_is_piped_is_neither_folded_nor_changed(capsys):
         (["fit", "--data", "nowhere", "--out", "OUT"], "nowhere"),
         (["fit", "--data", "DATA", "--out", "OUT", "--model", "gru"], "'model_name': got 'gru'"),
         (["fit", "--data", "DATA", "--out", "OUT", "--set", "model.drpout=1"], "did you mean 'model.dropout'"),
-        (["fit", "--data", "DATA", "--out", "OUT", "--model", "sasrec", "--set", "model.beam=9"], "options: model.beam=9"),
+        (
+            ["fit", "--data", "DATA", "--out", "OUT", "--model", "sasrec", "--set", "model.beam=9"],
+            "options: model.beam=9",
+        ),
         (["fit", "--data", "DATA", "--out", "OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--data", "DATA", "--out", "RUN", "--set", "training.seed=9"], "a run with other options"),
         (

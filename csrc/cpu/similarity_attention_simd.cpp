@@ -19,7 +19,6 @@ constexpr int64_t kDepth = 32;
 static_assert(kBlock % kLanes == 0 && kDepth % kLanes == 0);
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kNaN = __builtin_nanf("");
 
 BBQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 BBQ_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {

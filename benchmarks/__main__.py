@@ -13,7 +13,7 @@ import torch
 from benchmarks import machine
 from benchmarks.base import Base
 from benchmarks.registry import DIRECTIONS, operators
-from benchmarks.runner import Options, run, write_csv
+from benchmarks.runner import Options, run
 
 GROUPS = ("rq", "attention")
 RESULTS = Path(__file__).parent / "results"
@@ -54,11 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(str(error))
         for group in options.groups or GROUPS:
             settings = Options(device, options.seconds, options.quick, directions, base, frozenset(options.skip))
-            rows, fine = run(operators([group]), settings, lambda line: print(line, flush=True))
-            passed = passed and fine
             path = options.csv or (None if options.quick else RESULTS / f"{group}_{slug(machine.describe(device))}.csv")
+            rows, fine = run(operators([group]), settings, lambda line: print(line, flush=True), path)
+            passed = passed and fine
             if path and rows:
-                write_csv(rows, path)
                 print(f"\nwrote {path}")
                 if options.plot:
                     from benchmarks.plots import plot

@@ -52,8 +52,13 @@ class Options:
     skip: frozenset[str] = frozenset()  # names of providers
 
 
-def run(operators: Sequence[Operator], options: Options, say: Callable[[str], None]) -> tuple[list[Row], bool]:
-    """Returns the rows of all operators, and whether every one passed its check. `say` gets progress, line by line."""
+def run(
+    operators: Sequence[Operator], options: Options, say: Callable[[str], None], csv_path: Path | None = None
+) -> tuple[list[Row], bool]:
+    """Returns the rows of all operators, and whether every one passed its check. `say` gets progress, line by line.
+
+    The CSV is written after every case: a run that is cut short keeps what it measured.
+    """
     rows, passed = [], True
     for operator in operators:
         if refusal := refused(operator, options.device):
@@ -67,6 +72,8 @@ def run(operators: Sequence[Operator], options: Options, say: Callable[[str], No
                 found = list(run_case(operator, case, direction, options, say))
                 say(table(found))
                 rows += found
+                if csv_path:
+                    write_csv(rows, csv_path)
     return rows, passed
 
 

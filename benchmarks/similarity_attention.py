@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,9 +40,13 @@ def _packed(batch: int, heads: int, longest: int, width: int, dtype: torch.dtype
     return Case({"B": batch, "H": heads, "longest": longest, "D": width}, dtype)
 
 
+# Lengths of the histories in Amazon Beauty (5-core): at each share of its users. The mean is 8.9.
+LENGTHS = {0: 5, 0.25: 5, 0.5: 6, 0.75: 9, 0.9: 14, 0.95: 21, 0.98: 32, 0.99: 43, 0.995: 56, 0.999: 98, 1: 204}
+
 GPU_DENSE = [_dense(256, 4, 200, 64, torch.bfloat16), _dense(32, 8, 2048, 64, torch.bfloat16)]
-CPU_DENSE = [_dense(64, 4, 200, 32), _dense(16, 4, 1024, 32), _dense(2, 4, 4096, 64)]
-GPU_PACKED, CPU_PACKED = [_packed(1024, 4, 200, 64, torch.bfloat16)], [_packed(256, 4, 200, 32)]
+CPU_DENSE = [_dense(64, 4, 200, 32), _dense(128, 2, 50, 64), _dense(16, 4, 1024, 32), _dense(2, 4, 4096, 64)]
+GPU_PACKED = [_packed(4096, 4, 50, 64, torch.bfloat16), _packed(1024, 4, 200, 64, torch.bfloat16)]
+CPU_PACKED = [_packed(512, 2, 50, 64), _packed(256, 4, 200, 32)]
 ON_GPU = torch.cuda.is_available()
 
 
@@ -50,9 +55,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     sizes = case.sizes
     batch, heads, width = sizes["B"], sizes["H"], sizes["D"]
     if "longest" in sizes:
-        # Histories as they are: most are short. A product of two uniform numbers has a mean of a quarter.
-        lengths = (torch.rand(batch, 2, generator=generator).prod(-1) * sizes["longest"]).long().clamp_min(1)
-        lengths[0] = sizes["longest"]
+        lengths = _lengths(batch, sizes["longest"])
         tokens = int(lengths.sum())
         shape, code_shape = (tokens, heads, width), (tokens, 1, LEVELS)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
@@ -63,6 +66,13 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     bias = torch.randn(1, heads, LEVELS + 1, generator=generator).to(device)
     codes = torch.randint(USED_CODES, code_shape, generator=generator).to(device)
     return Inputs(query, key, value, bias, codes, cu_seqlens)
+
+
+def _lengths(batch: int, longest: int) -> Tensor:
+    """Lengths of histories of as many users as there are sequences, cut to the last `longest`, in random order."""
+    shares, lengths = (np.fromiter(numbers, float) for numbers in (LENGTHS.keys(), LENGTHS.values()))
+    found = np.interp(np.linspace(0, 1, batch), shares, lengths).astype(int).clip(max=longest)
+    return torch.from_numpy(np.random.default_rng(0).permutation(found))
 
 
 def _flops(case: Case, inputs: Inputs, backward: bool) -> float:
@@ -160,7 +170,7 @@ def _add_ours() -> None:
 
 _add_ours()
 
-# ---- PyTorch's attention. Packed sequences are padded before, which is not timed ----
+# ---- Packed sequences padded before, which is not timed ----
 
 
 def _padded(inputs: Inputs) -> Inputs:
@@ -173,6 +183,18 @@ def _padded(inputs: Inputs) -> Inputs:
 
     heads = [pad(t).transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value)]
     return Inputs(*heads, inputs.bias, pad(inputs.codes), None)
+
+
+@PACKED.provider(f"{OURS}, padded")
+def _ours_padded(inputs: Inputs, backward: bool):
+    inputs = _padded(inputs)
+    codes = pack(inputs.codes, CODEBOOK_SIZE)
+    return _run(
+        lambda q, k, v, bias: similarity_attention(q, k, v, prefix(codes, bias), is_causal=True), inputs, backward
+    )
+
+
+# ---- PyTorch's attention ----
 
 
 def _buckets(inputs: Inputs) -> Tensor:

@@ -1,10 +1,12 @@
-"""Times calls against each other: in turns, so that noise of the machine hits all alike."""
+"""Times calls against each other: in turns, so that noise of the machine hits all alike, and in another order every
+round, so that none always finds what the one before it left in the caches."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,13 +71,19 @@ def measure(
         call()
         repeats[name] = max(1, int(SAMPLE_SECONDS / max(_time(call, 1), 1e-9)))
     samples = {name: Samples() for name in calls}
-    deadline = time.perf_counter() + budget * len(calls)
+    for name in _turns(list(calls), budget, least_rounds):
+        samples[name].seconds.append(_time(calls[name], repeats[name]))
+    return samples
+
+
+def _turns(names: list[str], budget: float, least_rounds: int) -> Iterator[str]:
+    order, shuffler = list(names), random.Random(0)
+    deadline = time.perf_counter() + budget * len(names)
     rounds = 0
     while rounds < least_rounds or time.perf_counter() < deadline:
-        for name, call in calls.items():
-            samples[name].seconds.append(_time(call, repeats[name]))
+        shuffler.shuffle(order)
+        yield from order
         rounds += 1
-    return samples
 
 
 def _time(call: Call, repeats: int) -> float:
@@ -96,12 +104,9 @@ def _measure_cuda(calls: Mapping[str, Call], budget: float, least_rounds: int) -
             continue
         replay, how = _captured(call)
         samples[name], replays[name] = Samples(host_seconds=_host_time(call), how=how), replay
-    deadline = time.perf_counter() + budget * len(calls)
-    rounds = 0
-    while rounds < least_rounds or time.perf_counter() < deadline:
-        for name, replay in replays.items():
-            samples[name].seconds.append(replay.time(1) if isinstance(replay, Remote) else _event_time(replay))
-        rounds += 1
+    for name in _turns(list(calls), budget, least_rounds):
+        replay = replays[name]
+        samples[name].seconds.append(replay.time(1) if isinstance(replay, Remote) else _event_time(replay))
     return samples
 
 

@@ -128,6 +128,49 @@ std::vector<Term> read_terms(const TermArguments& arguments, const Tensor& biase
   return terms;
 }
 
+// ---- Heads, padded (B, H, S, D) or packed (T, H, D)
+
+// Rows as they lie, or a copy where their elements are not contiguous.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <class T>
+Heads<T> heads_of(T* data, const Tensor& tensor) {
+  if (tensor.dim() == 4) return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {data, 0, tensor.stride(1), tensor.stride(0)};
+}
+
+Heads<const void> input(const Tensor& tensor) { return heads_of(tensor.const_data_ptr(), tensor); }
+
+// Logsumexps, contiguous, (B, H, S) or (T, H).
+template <class T>
+Heads<T> heads_of_rows(T* data, const Tensor& tensor) {
+  if (tensor.dim() == 3) return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {data, 0, tensor.stride(1), tensor.stride(0)};
+}
+
+// A result that kernels write where it lies if its rows are contiguous, otherwise in a buffer.
+class Output {
+ public:
+  // Like `like`, or nothing.
+  Output(const Tensor& like, bool needed)
+      : output_(needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0})),
+        buffer_(needed ? with_contiguous_rows(output_) : output_),
+        needed_(needed) {}
+  Heads<void> heads() const { return needed_ ? heads_of(buffer_.mutable_data_ptr(), buffer_) : Heads<void>{}; }
+  // Copies into the output where they differ, and returns it.
+  Tensor finish() {
+    if (buffer_.get() != output_.get()) torch::stable::copy_(output_, buffer_);
+    return output_;
+  }
+
+ private:
+  Tensor output_, buffer_;
+  bool needed_;
+};
+
 // ---- The problem: sequences in padded or packed tensors
 //
 // The public functions check arguments in full; the checks here keep addresses inside the tensors when an operator is
@@ -143,10 +186,7 @@ const Tensor& with_dims(const Tensor& query, int64_t dims) {
 
 struct Problem {
   Problem(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale)
-      : simd(kernels()),
-        query(torch::stable::contiguous(q)),
-        key(torch::stable::contiguous(k)),
-        value(torch::stable::contiguous(v)) {
+      : simd(kernels()), query(with_contiguous_rows(q)), key(with_contiguous_rows(k)), value(with_contiguous_rows(v)) {
     const auto like = [](const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); };
     const auto dims = [&q](const Tensor& t) { return t.dim() == q.dim() && t.size(1) == q.size(1); };
     if (!like(q, k) || !like(q, v) || !dims(k) || k.size(-1) != q.size(-1) || !k.sizes().equals(v.sizes()) ||
@@ -155,9 +195,9 @@ struct Problem {
     }
     if (q.size(-1) == 0) throw std::invalid_argument("query: expected a head size of at least 1");
     attention.element = element_of(q);
-    attention.query = query.const_data_ptr();
-    attention.key = key.const_data_ptr();
-    attention.value = value.const_data_ptr();
+    attention.query = input(query);
+    attention.key = input(key);
+    attention.value = input(value);
     attention.heads = q.size(1);
     attention.width = q.size(-1);
     attention.scale = static_cast<float>(scale);
@@ -227,17 +267,12 @@ std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64
 
 void set_padded(Problem& p, const Tensor& query, const Tensor& key, const TermArguments& terms,
                 const std::optional<Tensor>& query_lengths, const std::optional<Tensor>& key_lengths) {
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), columns = key.size(2);
-  const int64_t width = query.size(3);
+  const int64_t batch = query.size(0), rows = query.size(2), columns = key.size(2);
   p.attention.shift = columns - rows;
-  p.attention.token_stride = width;
-  p.attention.query_head_stride = rows * width;
-  p.attention.key_head_stride = columns * width;
   const auto row_counts = clamped_lengths(query_lengths, batch, rows);
   const auto column_counts = clamped_lengths(key_lengths, batch, columns);
   for (int64_t b = 0; b < batch; ++b) {
-    p.sequences.push_back({row_counts[b], column_counts[b], rows, columns, b * heads * rows * width,
-                           b * heads * columns * width, b * rows, b * columns});
+    p.sequences.push_back({row_counts[b], column_counts[b], rows, columns, b, 0, b * rows, b * columns});
   }
   p.query_tokens = batch * rows;
   p.key_tokens = batch * columns;
@@ -246,9 +281,7 @@ void set_padded(Problem& p, const Tensor& query, const Tensor& key, const TermAr
 
 void set_packed(Problem& p, const Tensor& query, const TermArguments& terms, const Tensor& cu_seqlens,
                 int64_t max_seqlen) {
-  const int64_t tokens = query.size(0), heads = query.size(1), width = query.size(2);
-  p.attention.token_stride = heads * width;
-  p.attention.query_head_stride = p.attention.key_head_stride = width;
+  const int64_t tokens = query.size(0);
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
   const int32_t* bounds = data<int32_t>(starts);
   const int64_t count = starts.numel() - 1;
@@ -256,8 +289,7 @@ void set_packed(Problem& p, const Tensor& query, const TermArguments& terms, con
   for (int64_t b = 0; valid && b < count; ++b) {
     const int64_t start = bounds[b], length = bounds[b + 1] - start;
     valid = length >= 0 && length <= max_seqlen;
-    const int64_t offset = start * heads * width;
-    p.sequences.push_back({length, length, length, length, offset, offset, start, start});
+    p.sequences.push_back({length, length, length, length, 0, start, start, start});
   }
   if (!valid) {
     throw std::invalid_argument(
@@ -287,7 +319,7 @@ std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& query) {
   const Attention& a = p.attention;
   std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end() - 1);
   Tensor logsumexp = new_empty(query, sizes, ScalarType::Double);
-  ContiguousOutput output(empty_like(query));
+  Output output(query, true);
 
   int64_t blocks = 0;
   for (const Sequence& s : p.sequences) blocks += ceil_div(s.all_rows, kBlock);
@@ -303,8 +335,8 @@ std::tuple<Tensor, Tensor> forward(const Problem& p, const Tensor& query) {
       for (int64_t h = 0; h < a.heads; h += heads) units.push_back({&s, block * kBlock, h});
     }
   }
-  void* out = output.buffer().mutable_data_ptr();
-  double* sums = static_cast<double*>(logsumexp.mutable_data_ptr());
+  const Heads<void> out = output.heads();
+  const auto sums = heads_of_rows(static_cast<double*>(logsumexp.mutable_data_ptr()), logsumexp);
   run(static_cast<int64_t>(units.size()), p.simd.forward_scratch(a, heads), p.work(), [&](float* scratch, int64_t u) {
     const auto& [sequence, row, head] = units[u];
     p.simd.forward({a, *sequence, row, std::min(kBlock, sequence->all_rows - row), head,
@@ -343,15 +375,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
       logsumexp.scalar_type() != ScalarType::Double) {
     throw std::invalid_argument("grad, output, logsumexp: expected the shapes and dtypes that the forward gave");
   }
-  const Tensor dense_grad = contiguous(grad), dense_output = contiguous(output), lse = contiguous(logsumexp);
-  const auto make = [](const Tensor& like, bool needed) {
-    return ContiguousOutput(needed ? empty_like(like) : new_empty(like, {0}));
-  };
-  ContiguousOutput grad_query = make(query, needs.query), grad_key = make(key, needs.key);
-  ContiguousOutput grad_value = make(value, needs.value), grad_biases = make(biases, needs.biases);
-  const auto pointer = [](const ContiguousOutput& out, bool needed) {
-    return needed ? out.buffer().mutable_data_ptr() : nullptr;
-  };
+  const Tensor grad_rows = with_contiguous_rows(grad), output_rows = with_contiguous_rows(output);
+  const Tensor sums_of_rows = contiguous(logsumexp);
+  Output grad_query(query, needs.query), grad_key(key, needs.key), grad_value(value, needs.value);
+  ContiguousOutput grad_biases(needs.biases ? empty_like(biases) : new_empty(biases, {0}));
 
   const Attention& a = p.attention;
   const AttentionKernels& simd = p.simd;
@@ -410,13 +437,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
       for (int64_t span = first_span; span < last_span; ++span) {
         float* sums = span == first_span ? row_sums : scratch + unit_scratch + most_sums;
         simd.backward({a, s, span * kSpan, std::min(s.all_columns, (span + 1) * kSpan), strip->first_head, strip->heads,
-                       dense_grad.const_data_ptr(), dense_output.const_data_ptr(), data<double>(lse),
-                       pointer(grad_key, needs.key), pointer(grad_value, needs.value), needs.query ? sums : nullptr,
+                       input(grad_rows), input(output_rows), heads_of_rows(data<double>(sums_of_rows), sums_of_rows),
+                       grad_key.heads(), grad_value.heads(), needs.query ? sums : nullptr,
                        needs.biases ? lanes.data() : nullptr, scratch});
         if (needs.query && span > first_span) add(row_sums, sums, simd.row_sums(a, strip->heads, s.rows));
       }
       if (needs.query && !kept_sums) {
-        simd.store_rows({a, s, strip->first_head, strip->heads, row_sums, pointer(grad_query, needs.query)});
+        simd.store_rows({a, s, strip->first_head, strip->heads, row_sums, grad_query.heads()});
       }
     }
     for (int64_t e = 0; e < entries; ++e) {
@@ -434,7 +461,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
       for (int64_t span = 1; span < strip.spans(); ++span) {
         add(total, items[item + span].row_sums, simd.row_sums(a, strip.heads, strip.sequence->rows));
       }
-      simd.store_rows({a, *strip.sequence, strip.first_head, strip.heads, total, pointer(grad_query, needs.query)});
+      simd.store_rows({a, *strip.sequence, strip.first_head, strip.heads, total, grad_query.heads()});
     });
   }
   if (needs.biases) {

@@ -1,5 +1,5 @@
 // What similarity_attention.cpp, which knows tensors and threads, asks of the SIMD kernels, compiled once per target.
-// Plain structures and pointers to contiguous memory. Offsets and strides are in elements.
+// Plain structures and pointers. Strides are in elements.
 #pragma once
 
 #include <stdint.h>
@@ -23,11 +23,17 @@ struct Channel {
   int64_t gradient;         // of the first head, among the gradients of all tables; heads are `buckets` apart
 };
 
+// A tensor of heads, padded or packed. The elements of a row are contiguous, all else may lie anywhere.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t sequence_stride, head_stride, token_stride;  // the first: of padded tensors, otherwise 0
+};
+
 struct Attention {
   Element element;  // of query, key, value, the output and their gradients
-  const void *query, *key, *value;
+  Heads<const void> query, key, value;
   int64_t heads, width;
-  int64_t token_stride, query_head_stride, key_head_stride;
   float scale;
   bool is_causal;
   int64_t shift;  // causal: key j is seen by query i if j <= i + shift
@@ -35,12 +41,12 @@ struct Attention {
   int64_t channel_count;
 };
 
-// One sequence: its lengths, where its first token is, and how many tokens have a place in the tensors.
+// One sequence: its lengths, and where its first token is.
 struct Sequence {
-  int64_t rows, columns;             // queries and keys that are not past the lengths
-  int64_t all_rows, all_columns;     // the same, and those past the lengths
-  int64_t query_offset, key_offset;  // in elements
-  int64_t query_token, key_token;    // in tokens, for the channels
+  int64_t rows, columns;           // queries and keys that are not past the lengths
+  int64_t all_rows, all_columns;   // the same, and those past the lengths
+  int64_t index, start;            // in tensors of heads: of the sequence if they are padded, and of its first token
+  int64_t query_token, key_token;  // of what channels compare, where tokens of all sequences follow each other
 };
 
 struct ForwardUnit {
@@ -48,8 +54,8 @@ struct ForwardUnit {
   const Sequence& sequence;
   int64_t first_row, rows;  // at most kBlock
   int64_t first_head, heads;
-  void* output;  // like query
-  double* logsumexp;
+  Heads<void> output;
+  Heads<double> logsumexp;
   float* scratch;
 };
 
@@ -58,11 +64,11 @@ struct BackwardUnit {
   const Sequence& sequence;
   int64_t first_key, last_key;
   int64_t first_head, heads;
-  const void *grad, *output;  // like query
-  const double* logsumexp;
-  void *grad_key, *grad_value;  // like key, or null
-  float* row_sums;              // (heads, rows, padded width): set to what grad_query is `scale` times; or null
-  double* tables;               // gradients of all tables, `lanes` partial sums of each, added to; or null
+  Heads<const void> grad, output;
+  Heads<const double> logsumexp;
+  Heads<void> grad_key, grad_value;  // data may be null
+  float* row_sums;                   // (heads, rows, padded width): set to what grad_query is `scale` times; or null
+  double* tables;                    // gradients of all tables, `lanes` partial sums of each, added to; or null
   float* scratch;
 };
 
@@ -72,7 +78,7 @@ struct QueryGradient {
   const Sequence& sequence;
   int64_t first_head, heads;
   const float* row_sums;
-  void* grad_query;
+  Heads<void> grad_query;
 };
 
 struct AttentionKernels {

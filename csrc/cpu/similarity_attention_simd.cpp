@@ -191,12 +191,24 @@ BBQ_INLINE void dispatch(Element element, void* data, const F& f) {
            [&]<class T>(const T* typed) BBQ_INLINE_LAMBDA { f(const_cast<T*>(typed)); });
 }
 
+// Element 0 of a row of a head.
+template <class T>
+BBQ_INLINE int64_t offset_of(const Heads<T>& tensor, const Sequence& s, int64_t head, int64_t row) {
+  return s.index * tensor.sequence_stride + head * tensor.head_stride + (s.start + row) * tensor.token_stride;
+}
+
 // Some rows of a tensor.
 struct TensorRows {
   const void* data;
   Element element;
   int64_t offset, stride;  // in elements
 };
+
+// The rows of a head from `row` on.
+template <class T>
+BBQ_INLINE TensorRows rows_from(const Heads<T>& tensor, Element element, const Sequence& s, int64_t head, int64_t row) {
+  return {tensor.data, element, offset_of(tensor, s, head, row), tensor.token_stride};
+}
 
 void copy_rows(const TensorRows& rows, int64_t count, int64_t width, float* copy) {
   dispatch(rows.element, rows.data, [&](const auto* source) BBQ_INLINE_LAMBDA {
@@ -662,15 +674,9 @@ void forward(const ForwardUnit& u) {
   ForwardScratch scratch(a, u.heads, u.scratch);
   const int64_t rows = clamp(s.rows - u.first_row, 0, u.rows), width = padded(a.width), vectors = vectors_of(rows);
   const int64_t columns = rows == 0 ? 0 : visible(a, u.first_row + rows - 1, 0, s.columns);
-  const auto query_row = [&](int64_t h, int64_t i) {
-    return s.query_offset + (u.first_head + h) * a.query_head_stride + (u.first_row + i) * a.token_stride;
-  };
-  const auto key_row = [&](int64_t h, int64_t j) {
-    return s.key_offset + (u.first_head + h) * a.key_head_stride + j * a.token_stride;
-  };
   if (columns > 0) scratch.buckets.set_lanes(s.query_token + u.first_row, rows);
   for (int64_t h = 0; h < u.heads && columns > 0; ++h) {
-    const TensorRows query{a.query, a.element, query_row(h, 0), a.token_stride};
+    const TensorRows query = rows_from(a.query, a.element, s, u.first_head + h, u.first_row);
     transpose_rows(rows_of(query, rows, a.width, scratch.keys), rows, width, scratch.queries + h * width * kBlock);
     for (int64_t v = 0; v < vectors; ++v) {
       store(scratch.highest + h * kBlock + v * kLanes, broadcast(-kInfinity));
@@ -682,8 +688,7 @@ void forward(const ForwardUnit& u) {
     const bool is_masked = visible(a, u.first_row, first, last) < keys;
     scratch.buckets.find(s.key_token + first, keys);
     for (int64_t h = 0; h < u.heads; ++h) {
-      const int64_t offset = key_row(h, first);
-      const Rows key = rows_of({a.key, a.element, offset, a.token_stride}, keys, a.width, scratch.keys);
+      const Rows key = rows_of(rows_from(a.key, a.element, s, u.first_head + h, first), keys, a.width, scratch.keys);
       for (int64_t j = 0; j < keys; j += kTileRows) {
         // Rows before the first that sees key j need no scores.
         const int64_t skipped = a.is_causal ? clamp(first + j - a.shift - u.first_row, 0, rows) / kLanes : 0;
@@ -702,7 +707,8 @@ void forward(const ForwardUnit& u) {
           store(sums + i * width + d, load(sums + i * width + d) * scratch.factors[i]);
         }
       }
-      const Rows value = rows_of({a.value, a.element, offset, a.token_stride}, keys, a.width, scratch.values);
+      const Rows value =
+          rows_of(rows_from(a.value, a.element, s, u.first_head + h, first), keys, a.width, scratch.values);
       // A weight of zero keeps what a row does not see out of it, but for NaN and infinity: then row by row.
       const int64_t step = is_masked && !finite(value, keys, width) ? 1 : kTileRows;
       for (int64_t i = 0; i < rows; i += step) {
@@ -721,14 +727,15 @@ void forward(const ForwardUnit& u) {
       __builtin_memcpy(logsumexp + v * kLanes, &result, sizeof(result));
     }
     for (int64_t i = 0; i < u.rows; ++i) {
-      const int64_t row = query_row(h, i);
+      const int64_t output = offset_of(u.output, s, u.first_head + h, u.first_row + i);
+      double& sum = u.logsumexp.data[offset_of(u.logsumexp, s, u.first_head + h, u.first_row + i)];
       const float total = i < rows && columns > 0 ? scratch.totals[h * kBlock + i] : 0.0f;
       if (total == 0.0f) {  // nothing to attend to
-        u.logsumexp[row / a.width] = -__builtin_inf();
-        store_zeros(u.output, a.element, row, a.width);
+        sum = -__builtin_inf();
+        store_zeros(u.output.data, a.element, output, a.width);
       } else {
-        u.logsumexp[row / a.width] = logsumexp[i];
-        store_row(u.output, a.element, row, scratch.sums + (h * kBlock + i) * width, a.width, 1.0f / total);
+        sum = logsumexp[i];
+        store_row(u.output.data, a.element, output, scratch.sums + (h * kBlock + i) * width, a.width, 1.0f / total);
       }
     }
   }
@@ -789,19 +796,18 @@ void read_rows(const BackwardUnit& u, const BackwardScratch& scratch, int64_t h,
   const Attention& a = u.attention;
   const Sequence& s = u.sequence;
   const int64_t width = padded(a.width), count = s.rows - first;
-  const int64_t start = s.query_offset + (u.first_head + h) * a.query_head_stride;
+  const int64_t head = u.first_head + h;
   BackwardScratch::RowStatistics* statistics = scratch.statistics + h * s.rows;
   bool all_live = true;
   for (int64_t i = first; i < s.rows; ++i) {
-    const int64_t row = start + i * a.token_stride;
-    const double logsumexp = u.logsumexp[row / a.width];
+    const double logsumexp = u.logsumexp.data[offset_of(u.logsumexp, s, head, i)];
     statistics[i].is_live = logsumexp != -__builtin_inf();
     statistics[i].high = static_cast<float>(logsumexp);
     statistics[i].low = static_cast<float>(logsumexp - static_cast<double>(statistics[i].high));
     all_live = all_live && statistics[i].is_live;
   }
-  const auto read = [&](const void* tensor, float* copy) {
-    const TensorRows rows{tensor, a.element, start + first * a.token_stride, a.token_stride};
+  const auto read = [&](const Heads<const void>& tensor, float* copy) {
+    const TensorRows rows = rows_from(tensor, a.element, s, head, first);
     if (all_live) return rows_of(rows, count, a.width, copy);
     copy_rows(rows, count, a.width, copy);
     for (int64_t i = first; i < s.rows; ++i) {
@@ -814,7 +820,7 @@ void read_rows(const BackwardUnit& u, const BackwardScratch& scratch, int64_t h,
   for (int64_t i = 0; i < count; i += kLanes) {
     // Where a row sees one key alone, this is the gradient of its weight, exactly: the gradient of the score is zero.
     const int64_t some = least(kLanes, count - i);
-    const TensorRows output{u.output, a.element, start + (first + i) * a.token_stride, a.token_stride};
+    const TensorRows output = rows_from(u.output, a.element, s, head, first + i);
     const Floats deltas = row_products({grads.data + i * grads.stride, grads.stride},
                                        rows_of(output, some, a.width, scratch.values), some, width);
     for (int64_t lane = 0; lane < some; ++lane) statistics[first + i + lane].delta = deltas[lane];
@@ -912,12 +918,9 @@ void backward(const BackwardUnit& u) {
   const Sequence& s = u.sequence;
   BackwardScratch scratch(a, u.heads, s.rows, u.scratch);
   const int64_t width = padded(a.width), columns = least(u.last_key, s.columns);
-  const bool need_scores = u.row_sums || u.grad_key || u.tables;
+  const bool need_scores = u.row_sums || u.grad_key.data || u.tables;
   // The first row that sees key j.
   const auto first_row_of = [&](int64_t j) { return a.is_causal ? clamp(j - a.shift, 0, s.rows) : 0; };
-  const auto key_row = [&](int64_t h, int64_t j) {
-    return s.key_offset + (u.first_head + h) * a.key_head_stride + j * a.token_stride;
-  };
 
   const int64_t first_row = u.first_key < columns ? first_row_of(u.first_key) : s.rows;
   for (int64_t h = 0; h < u.heads; ++h) {
@@ -931,9 +934,9 @@ void backward(const BackwardUnit& u) {
     if (keys > 0) scratch.buckets.set_lanes(s.key_token + first, keys);
     for (int64_t h = 0; h < u.heads; ++h) {
       const int64_t block = h * width * kBlock;
-      const int64_t offset = key_row(h, first);
-      const Rows key_rows = rows_of({a.key, a.element, offset, a.token_stride}, keys, a.width, scratch.keys + block);
-      const Rows value_rows = rows_of({a.value, a.element, offset, a.token_stride}, keys, a.width, scratch.values);
+      const int64_t head = u.first_head + h;
+      const Rows key_rows = rows_of(rows_from(a.key, a.element, s, head, first), keys, a.width, scratch.keys + block);
+      const Rows value_rows = rows_of(rows_from(a.value, a.element, s, head, first), keys, a.width, scratch.values);
       scratch.key_rows[h] = {key_rows, finite(key_rows, keys, width)};
       transpose_rows(key_rows, keys, width, scratch.keys_across + block);
       transpose_rows(value_rows, keys, width, scratch.values_across + block);
@@ -994,17 +997,20 @@ void backward(const BackwardUnit& u) {
                     Rows{right.data + skipped * right.stride, right.stride}, rows - skipped, sums + block + j * width,
                     width, true);
           };
-          if (u.grad_value) add(scratch.weights, grad, scratch.value_sums);
-          if (u.grad_key) add(scratch.grad_scores, query, scratch.key_sums);
+          if (u.grad_value.data) add(scratch.weights, grad, scratch.value_sums);
+          if (u.grad_key.data) add(scratch.grad_scores, query, scratch.key_sums);
         }
       }
     }
     for (int64_t h = 0; h < u.heads; ++h) {
       for (int64_t j = 0; j < all_keys; ++j) {
-        const int64_t sums = (h * kBlock + j) * width;
-        const int64_t row = key_row(h, first + j);
-        if (u.grad_key) store_row(u.grad_key, a.element, row, scratch.key_sums + sums, a.width, a.scale);
-        if (u.grad_value) store_row(u.grad_value, a.element, row, scratch.value_sums + sums, a.width, 1.0f);
+        const auto write = [&](const Heads<void>& grad, const float* sums, float scale) {
+          if (!grad.data) return;
+          const int64_t offset = offset_of(grad, s, u.first_head + h, first + j);
+          store_row(grad.data, a.element, offset, sums + (h * kBlock + j) * width, a.width, scale);
+        };
+        write(u.grad_key, scratch.key_sums, a.scale);
+        write(u.grad_value, scratch.value_sums, 1.0f);
       }
     }
   }
@@ -1015,13 +1021,12 @@ void store_rows(const QueryGradient& g) {
   const Sequence& s = g.sequence;
   const int64_t width = padded(a.width);
   for (int64_t h = 0; h < g.heads; ++h) {
-    const int64_t start = s.query_offset + (g.first_head + h) * a.query_head_stride;
     for (int64_t i = 0; i < s.all_rows; ++i) {
-      const int64_t row = start + i * a.token_stride;
+      const int64_t row = offset_of(g.grad_query, s, g.first_head + h, i);
       if (i < s.rows) {
-        store_row(g.grad_query, a.element, row, g.row_sums + (h * s.rows + i) * width, a.width, a.scale);
+        store_row(g.grad_query.data, a.element, row, g.row_sums + (h * s.rows + i) * width, a.width, a.scale);
       } else {
-        store_zeros(g.grad_query, a.element, row, a.width);
+        store_zeros(g.grad_query.data, a.element, row, a.width);
       }
     }
   }

@@ -147,6 +147,47 @@ def test_layouts_of_inputs_and_of_the_incoming_gradient(layout: str, packed: boo
         assert torch.equal(gradient, expected[name]), name
 
 
+def strided_rows(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The tensor with its dimensions but the last in this order in memory, its rows part of longer ones of NaN."""
+    buffer = torch.full((*(tensor.shape[i] for i in order), 2 * tensor.shape[-1] + 1), torch.nan, dtype=tensor.dtype)
+    back = [order.index(i) for i in range(len(order))]
+    rows = buffer[..., 1 : tensor.shape[-1] + 1].permute(*back, len(order))
+    return rows.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize("width", [16, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_tensor_in_strides_of_its_own(packed: bool, dtype: torch.dtype, width: int) -> None:
+    make = random_packed_inputs if packed else random_inputs
+    options = {"lengths": [5, 70]} if packed else {"batch": 3, "heads": 2, "rows": 9, "columns": 70}
+    orders = [(1, 0), (0, 1)] * 2 if packed else [(0, 2, 1), (2, 1, 0), (1, 0, 2), (2, 0, 1)]
+    inputs = make(**options, width=width, is_causal=True).to(dtype).require_grad()
+    output = inputs.attend("cpu")
+    grad = torch.randn(output.shape).to(dtype)
+    expected = inputs.gradients(output, grad, list(inputs.tensors))
+    heads = ("query", "key", "value")
+    tensors = {n: strided_rows(inputs.tensors[n], order) for n, order in zip(heads, orders[:3], strict=True)}
+    other = replace(inputs, tensors=inputs.tensors | tensors)
+    with poisoned_outputs():
+        actual = other.attend("cpu")
+        gradients = other.gradients(actual, strided_rows(grad, orders[3]), list(inputs.tensors))
+    assert torch.equal(actual, output)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_heads_inside_are_read_and_written_where_they_are() -> None:
+    """What linear layers give, `(B, S, H, D)`, costs no copy: a copy would be contiguous."""
+    query, key, value = torch.randn(2, 5, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind()
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    output = similarity_attention(query, key, value, impl="cpu")
+    assert output.transpose(1, 2).is_contiguous()
+    for gradient in torch.autograd.grad(output.square().sum(), (query, key, value)):
+        assert gradient.transpose(1, 2).is_contiguous()
+
+
 def test_expanded_inputs() -> None:
     query = torch.randn(1, 1, 5, 8).expand(2, 3, 5, 8).requires_grad_()
     output = similarity_attention(query, query, query, impl="cpu")

@@ -183,9 +183,9 @@ class BuildLibraries(Command):
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
-            # CMake keeps the compiler and the flags that it first saw: others get another folder.
+            # CMake keeps the compiler, the flags and the place that it first saw: others get another folder.
             names = ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE", "CUDACXX")
-            seen = zlib.crc32(repr([os.environ.get(name) for name in names]).encode())
+            seen = zlib.crc32(repr([str(ROOT), *(os.environ.get(name) for name in names)]).encode())
             self.build_into(ROOT / PACKAGE, ROOT / "build", f"-{seen:08x}")
         else:
             with tempfile.TemporaryDirectory() as build_folder:

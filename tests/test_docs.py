@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -42,12 +43,29 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "Stage", lambda folder, name, epochs, *patience: stage(folder, name, 1, *patience))
 
 
-@pages
-def test_examples_of_operators_run(page: Path) -> None:
-    namespace: dict[str, object] = {}
+def run_examples_of_operators(page: Path) -> dict:
+    namespace: dict = {}
     for _, code in blocks(page, "python"):
         if not is_of_the_recommender(code):
             exec(compile(code, str(page), "exec"), namespace)  # a block goes on where the one before it stopped
+    return namespace
+
+
+@pages
+def test_examples_of_operators_run(page: Path) -> None:
+    run_examples_of_operators(page)
+
+
+def test_tables_of_zeros_leave_a_hugging_face_model_as_it_is() -> None:
+    names = run_examples_of_operators(ROOT / "README.md")
+    model, tokens, lengths = names["model"].eval(), torch.randint(0, 1000, (8, 50)), names["lengths"]
+    inside = torch.arange(50) < lengths[:, None]
+    states = model(tokens, semantic_ids=names["codes"], lengths=lengths).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    expected = model(tokens, attention_mask=inside.long()).last_hidden_state
+    torch.testing.assert_close(states[inside], expected[inside], rtol=1e-4, atol=1e-5)
+    states[inside].square().sum().backward()
+    assert all(table.grad.abs().sum() > 0 for table in names["tables"])
 
 
 @pytest.mark.parametrize(

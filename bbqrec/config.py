@@ -63,6 +63,9 @@ class ModelConfig(Section):
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
     item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
+    features: bool = Field(
+        False, description="add a learned linear map of the item's features as they are; with SASRec: content, no codes"
+    )
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
     relative_position: bool = Field(False, description="bias attention by how many places apart two items are")

@@ -11,19 +11,34 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import subprocess
+import time
 from pathlib import Path
 
 import polars as pl
 
 from bbqrec import Config, Dataset, fit
-from bbqrec.evaluation.ranking import METRICS
+from bbqrec.config import ModelConfig
+from bbqrec.data.splits import leave_one_out
+from bbqrec.evaluation.ranking import METRICS, evaluate
+from bbqrec.models import ItemKNN
+from bbqrec.training.run import device, versions
 
-TITLES = {"most_popular": "most popular", "sasrec": "SASRec", "tiger": "TIGER", "bbqrec": "BBQRec"}
+TITLES = {
+    "most_popular": "most popular",
+    "item_knn": "item-kNN by content",
+    "sasrec": "SASRec",
+    "tiger": "TIGER",
+    "bbqrec": "BBQRec",
+}
+UNTRAINED = ("most_popular", "item_knn")
+DECAYS = (0, 0.3, 0.5, 0.7, 0.9, 1)  # of item-kNN, chosen by validation NDCG@10
 
 
 def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) -> list[dict[str, object]]:
     """Fits a model, or finds it fitted, and returns its rows; those of most-popular come with SASRec."""
     data = Dataset.load(path)
+    if model == "item_knn":
+        return measure_item_knn(data)
     config = Config().override([*options, f"training.seed={seed}"])
     folder = out / f"{model}-{seed}"
     is_new = not (folder / "run.json").exists()
@@ -45,6 +60,20 @@ def measure(path: Path, model: str, seed: int, out: Path, options: list[str]) ->
     return rows
 
 
+def measure_item_knn(data: Dataset) -> list[dict[str, object]]:
+    """Rows of the item-kNN whose decay is best on validation."""
+    split, options = leave_one_out(data), {"n_items": data.n_items, "max_length": ModelConfig().max_length}
+    started = time.perf_counter()
+    rankers = {decay: ItemKNN(data.features, decay).eval() for decay in DECAYS}
+    found = {decay: evaluate(ranker, split.validation, **options) for decay, ranker in rankers.items()}
+    decay = max(found, key=lambda decay: found[decay]["ndcg@10"])
+    metrics = {"validation": found[decay], "test": evaluate(rankers[decay], split.test, **options)}
+    facts = {"options": f"decay={decay}", "seed": 0, "seconds": round(time.perf_counter() - started, 1)}
+    facts |= {"peak_memory_mb": None, "data": data.name, **versions()}
+    facts |= {"commit": _git("describe", "--always", "--dirty"), "device": device()}
+    return [{"model": "item_knn", "split": name, **_metrics(values), **facts} for name, values in metrics.items()]
+
+
 def markdown(rows: pl.DataFrame) -> str:
     """Mean and, in brackets, standard deviation over seeds; time and memory of a fit, mean."""
     lines = ["| model | split | Recall@10 | NDCG@10 | minutes | peak memory, MB |", "|---|---|---|---|---|---|"]
@@ -53,8 +82,10 @@ def markdown(rows: pl.DataFrame) -> str:
             chosen = rows.filter(model=model, split=split)
             if len(chosen):
                 cells = [_mean(chosen[name]) for name in ("recall@10", "ndcg@10")]
-                costs = [chosen["seconds"].mean() / 60, chosen["peak_memory_mb"].mean()]
-                cells += ["", ""] if model == "most_popular" else [f"{costs[0]:.1f}", f"{costs[1]:.0f}"]
+                if model in UNTRAINED:
+                    cells += ["", ""]
+                else:
+                    cells += [f"{chosen['seconds'].mean() / 60:.1f}", f"{chosen['peak_memory_mb'].mean():.0f}"]
                 lines.append(f"| {title} | {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -80,8 +111,12 @@ def table_of(files: list[Path]) -> str:
                 test, validation = chosen.filter(split="test"), chosen.filter(split="validation")
                 cells = [chosen["data"][0], title, f"`{options}`" if options else "", str(len(test))]
                 cells += [_mean(test["recall@10"]), _mean(test["ndcg@10"]), _mean(validation["ndcg@10"])]
-                costs = [f"{test['seconds'].mean() / 60:.1f}", f"{test['peak_memory_mb'].mean():.0f}"]
-                lines.append(f"| {' | '.join(cells + (['', ''] if model == 'most_popular' else costs))} |")
+                cells += (
+                    ["", ""]
+                    if model in UNTRAINED
+                    else [f"{test['seconds'].mean() / 60:.1f}", f"{test['peak_memory_mb'].mean():.0f}"]
+                )
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -104,7 +139,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="data set")
     parser.add_argument("--out", type=Path, help="folder of the run folders")
     parser.add_argument("--csv", type=Path, help="file to write")
-    parser.add_argument("--models", nargs="+", default=["sasrec", "bbqrec"])
+    parser.add_argument("--models", nargs="+", choices=[*TITLES][1:], default=["sasrec", "bbqrec"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of all runs")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""BBQRec's sequence model. Without semantic IDs it is SASRec: item vectors are IDs only, and attention has no terms."""
+"""BBQRec's sequence model. Without semantic IDs it is SASRec: item vectors are IDs, and attention has no terms."""
 
 from __future__ import annotations
 
@@ -22,27 +22,38 @@ TIME_BUCKETS = 48  # powers of two of a time gap: decades, even in milliseconds
 class SequenceModel(nn.Module):
     """Scores the next item of a history: `h_t · e_j`.
 
-    Item vectors are `e_i = W Σ_m ẑ_i^m + id_i`, with `ẑ` decoded from the item's codes by codebooks that start as the
-    tokenizer's and are trained along. Attention scores get `prefix` terms: channel `(m, m')` compares the codes of
-    modality `m` of the querying item with those of `m'` of the other; and `gap` terms: how far apart two items are, in
-    places and in time. Every layer has tables of its own, which start at zero: that is plain attention. With
-    `cosine_output`, logits are `output_scale · cos(h_t, e_j)`.
+    Item vectors are `e_i = W Σ_m ẑ_i^m + V x_i + id_i`, with `ẑ` decoded from the item's codes by codebooks that start
+    as the tokenizer's and are trained along, and `x` the item's features, with `config.features`. Attention scores get
+    `prefix` terms: channel `(m, m')` compares the codes of modality `m` of the querying item with those of `m'` of the
+    other; and `gap` terms: how far apart two items are, in places and in time. Every layer has tables of its own, which
+    start at zero: that is plain attention. With `cosine_output`, logits are `output_scale · cos(h_t, e_j)`.
 
     Args:
         n_items: size of the catalogue.
         config: see `ModelConfig`.
         semantic_ids: codes and codebooks, or None for SASRec.
+        features: `(n_items, F)` of `config.features`, of about unit norm; None without.
 
     Raises `ValueError` where the options leave items without a vector, or for more modalities than attention compares.
     """
 
-    def __init__(self, n_items: int, config: ModelConfig, semantic_ids: SemanticIDs | None = None):
+    def __init__(
+        self,
+        n_items: int,
+        config: ModelConfig,
+        semantic_ids: SemanticIDs | None = None,
+        features: Tensor | None = None,
+    ):
         super().__init__()
         has_content = semantic_ids is not None and config.content
-        if not (has_content or config.item_id):
+        if not (has_content or config.features or config.item_id):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
         self.config = config
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
+        self.register_buffer("features", features.clone() if config.features else None)
+        if config.features:
+            self.of_features = nn.Linear(features.shape[1], config.dim, bias=False)
+            nn.init.normal_(self.of_features.weight, std=config.dim**-0.5)  # vectors as long as those of IDs
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
         self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
         self.tables = self.position_tables = self.time_tables = None
@@ -63,10 +74,12 @@ class SequenceModel(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """`(n_items, dim)`."""
-        if not self.has_content:
-            return self.item_id
-        content = self.content(decode(self.codes, self.codebooks))
-        return content if self.item_id is None else content + self.item_id
+        parts = [] if self.item_id is None else [self.item_id]
+        if self.has_content:
+            parts.append(self.content(decode(self.codes, self.codebooks)))
+        if self.features is not None:
+            parts.append(self.of_features(self.features))
+        return sum(parts[1:], parts[0])
 
     def forward(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
         """Hidden states `(T, dim)` of packed histories; `vectors` are `item_vectors()`, if at hand."""

@@ -22,7 +22,7 @@ from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
-from bbqrec.tokenizer.model import Tokenizer
+from bbqrec.tokenizer.model import Tokenizer, standardize
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
 from bbqrec.training.modules import SequenceModule, TokenizerModule
@@ -60,7 +60,7 @@ def fit(
     if job.run.finished:
         return job.run
     with _costs_recorded(job.run):
-        semantic_ids = _make_semantic_ids(job) if job.features else None
+        semantic_ids = _make_semantic_ids(job) if job.has_semantic_ids else None
         sequence_model = _fit_sequence_model(job, semantic_ids)
 
     folder = job.run.folder
@@ -115,6 +115,10 @@ class _Job:
     say: Callable[..., None]
 
     @property
+    def has_semantic_ids(self) -> bool:
+        return self.config.model_name != "sasrec"
+
+    @property
     def names(self) -> tuple[list[str], list[str]]:
         """IDs and titles of all items."""
         return self.data.item_ids, [self.data.title(i) for i in range(self.data.n_items)]
@@ -140,7 +144,12 @@ def _start(
         say(
             f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
         )
-        if len(features) > 1 and config.model.reweighting and config.model.cross_modal:
+        if (
+            config.model_name != "sasrec"
+            and len(features) > 1
+            and config.model.reweighting
+            and config.model.cross_modal
+        ):
             channels = attention_channels(len(features), config.model, config.tokenizer.shared_codebooks)
             if not config.tokenizer.shared_codebooks:
                 say("model.cross_modal: no, modalities with codebooks of their own have no code in common")
@@ -150,12 +159,14 @@ def _start(
 
 
 def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:
-    """The feature sets that the run uses: none for SASRec."""
-    if config.model_name == "sasrec":
+    """The feature sets that the run uses: none for SASRec, unless it is given them."""
+    if config.model_name == "sasrec" and not config.model.features:
         return {}
     wanted = config.tokenizer.modalities
     if wanted is None:
         wanted = list(data.features)
+    if not wanted and config.model_name == "sasrec":
+        raise ValueError(f"model.features: got true, but {data.name} has no features; set it to false")
     if not wanted:
         raise ValueError(f"data: {data.name} has no features to make semantic IDs from; use model 'sasrec'")
     for name in wanted:
@@ -181,11 +192,11 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
     if model.relative_time and data.histories.timestamps is None:
         raise ValueError(f"model.relative_time: got true, but {data.name} has no timestamps; set it to false")
     _check_heads("model.dim", model.dim, model.heads, "model.heads")
-    if not features:
-        if not model.item_id:
+    if config.model_name == "sasrec":
+        if not (model.features or model.item_id):
             raise ValueError("model.item_id: got false for a model without semantic IDs, so items have no vector")
         return
-    if config.model_name == "bbqrec" and not (model.content or model.item_id):
+    if config.model_name == "bbqrec" and not (model.content or model.features or model.item_id):
         raise ValueError("model.item_id: got false, and model.content too, so items have no vector; set one to true")
     _check_heads("tokenizer.dim", tokenizer.dim, 2, "heads of the tokenizer's history encoder")
     if model.reweighting:
@@ -259,7 +270,7 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     """Trains until the validation metric stops rising, and returns the model of the best epoch."""
     options, max_length = job.config.training, job.config.model.max_length
     torch.manual_seed(options.seed)
-    model = build_model(job.config, job.data.n_items, semantic_ids)
+    model = build_model(job.config, job.data.n_items, semantic_ids, _features_of_model(job))
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
@@ -268,6 +279,14 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     module.load_state_dict(best["state_dict"])
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     return model.cpu().eval()
+
+
+def _features_of_model(job: _Job) -> torch.Tensor | None:
+    """All feature sets side by side, standardized, rows of about unit norm; None if the model reads none."""
+    if not job.config.model.features:
+        return None
+    values = torch.cat([standardize(feature)[0] for feature in job.features.values()], dim=1)
+    return values / values.shape[1] ** 0.5
 
 
 def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
@@ -282,7 +301,7 @@ def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
         **{name: evaluate(model, part, **options) for name, part in held_out.items()},
         "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
     }
-    return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.features else metrics
+    return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.has_semantic_ids else metrics
 
 
 @contextmanager

@@ -170,8 +170,8 @@ def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
         if "codes" in state:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
-        n_items = len(state["codes"] if "codes" in state else state["item_id"])
-        model = build_model(config, n_items, semantic_ids)
+        n_items = len(next(state[name] for name in ("codes", "item_id", "features") if name in state))
+        model = build_model(config, n_items, semantic_ids, state.get("features"))
         model.load_state_dict(state)
     return model.eval()
 

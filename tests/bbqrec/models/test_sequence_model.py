@@ -71,6 +71,24 @@ def test_sasrec_has_no_content_and_no_terms():
     assert torch.equal(ranker.item_vectors(), ranker.item_id)
 
 
+def test_features_are_added_to_item_vectors(training_batch):
+    features = torch.randn(N_ITEMS, 5)
+    options = ModelConfig(dim=16, max_length=12, features=True)
+    ranker = SequenceModel(N_ITEMS, options, semantic_ids(), features)
+    plain = SequenceModel(N_ITEMS, ModelConfig(dim=16, max_length=12), semantic_ids())
+    plain.load_state_dict(ranker.state_dict(), strict=False)
+    added = ranker.item_vectors() - plain.item_vectors()
+    torch.testing.assert_close(added, features @ ranker.of_features.weight.T, rtol=1e-4, atol=1e-5)
+    ranker.loss(training_batch(*HISTORIES[2:])).backward()
+    assert ranker.of_features.weight.grad.abs().sum() > 0
+
+
+def test_features_alone_are_vectors_enough():
+    options = ModelConfig(dim=16, max_length=12, features=True, item_id=False)
+    ranker = SequenceModel(N_ITEMS, options, None, torch.eye(N_ITEMS))
+    assert torch.equal(ranker.item_vectors(), ranker.of_features.weight.T)
+
+
 def test_zero_tables_attached_to_a_trained_sasrec_change_no_score():
     sasrec = model(None)
     attached = model(content=False, trained_tables=False)

@@ -544,6 +544,17 @@ def test_semantic_ids_need_features(model, tiny_data, tiny_config, tmp_path):
         fit(replace(tiny_data, features={}), tmp_path / "run", model=model, config=tiny_config)
 
 
+def test_sasrec_with_features_comes_back_from_its_folder(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.override(["model.features=true", "tokenizer.modalities=[text]", "model.item_id=false"])
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)
+    assert Run(run.folder, tiny_data).evaluate("test") == run.metrics["test"]
+    assert run.model.features.shape == tiny_data.features["text"].values.shape
+    assert not (run.folder / "tokenizer.json").exists()
+    config = tiny_config.override(["model.features=true"])
+    with pytest.raises(ValueError, match=r"model\.features: got true, but .* has no features; set it to false"):
+        fit(replace(tiny_data, features={}), tmp_path / "other", model="sasrec", config=config)
+
+
 def test_a_moved_data_set_can_be_given(sasrec_run, tiny_data, tmp_path):
     copy = shutil.copytree(sasrec_run.folder, tmp_path / "run")
     facts = json.loads((copy / "run.json").read_text())

@@ -40,6 +40,7 @@ ALTERNATIVES = {
     "model.max_length": (4, {}),
     "model.item_id": (False, {}),
     "model.content": (False, {}),
+    "model.features": (True, {}),
     "model.reweighting": (False, {}),
     "model.cross_modal": (False, {}),
     "model.relative_position": (True, {}),

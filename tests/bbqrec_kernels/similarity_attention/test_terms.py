@@ -68,6 +68,18 @@ def test_gap_is_the_bit_length_of_the_distance(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gap_on_both_sides_of_every_power_of_two(impl: str) -> None:
+    distances = [2**bits + step for bits in range(2, 29) for step in (-1, 0, 1)]  # near ones: a float may round them
+    term = gap(
+        torch.zeros(1, 1, 1, dtype=torch.int64),
+        torch.zeros(1, 1, 64),
+        key_positions=torch.tensor(distances)[None, :, None],
+    )
+    expected = [distance.bit_length() for distance in distances]
+    assert buckets_seen(term, 1, len(distances), impl)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gap_puts_what_is_too_far_into_the_last_bucket(impl: str) -> None:
     term = gap(
         torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 4), key_positions=torch.arange(9)[None, :, None]

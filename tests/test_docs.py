@@ -89,6 +89,14 @@ def test_examples_of_the_recommender_run(page: Path) -> None:
             assert result.stdout, command
 
 
+def test_tables_of_speed_are_what_the_rows_say() -> None:
+    from benchmarks.summary import tables
+
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- python -m benchmarks.summary .*? -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert shown[1] == tables(sorted((ROOT / "benchmarks" / "results").glob("*_cpu_*.csv")))
+
+
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from importlib import metadata
@@ -46,11 +45,11 @@ class HistoryCommand(TyperCommand):
 
 
 def command(
-    function: Callable[..., None] | None = None, *, cls: type[TyperCommand] | None = None
+    function: Callable[..., None] | None = None, *, name: str | None = None, cls: type[TyperCommand] | None = None
 ) -> Callable[..., Any]:
     """Registers a command whose expected errors are one sentence on stderr and exit code 1."""
     if function is None:
-        return partial(command, cls=cls)
+        return partial(command, name=name, cls=cls)
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -65,7 +64,42 @@ def command(
             typer.echo("Interrupted; the same command resumes.", err=True)
             raise typer.Exit(130) from None
 
-    return app.command(cls=cls)(guarded)
+    return app.command(name, cls=cls)(guarded)
+
+
+@command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Data set: a folder in one of the formats read.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder, in the format of bbqrec itself.")],
+    k_core: Annotated[
+        int, typer.Option(min=0, help="Leave out users and items with fewer interactions, again and again.")
+    ] = 0,
+    keep_repeats: Annotated[
+        bool, typer.Option("--keep-repeats", help="Keep interactions that are there twice: same user, item and time.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a data set of any format into bbqrec's own, and say what was read, what was left out, and why."""
+    from bbqrec import Dataset
+    from bbqrec.data.preparation import prepare
+
+    prepared = prepare(Dataset.load(source), k_core=k_core, keep_repeats=keep_repeats)
+    prepared.data.save(target)
+    if as_json:
+        _print_json({"source": str(source), "data": str(target), **prepared.figures})
+        return
+    rows = [{"": name, **row} for name, row in prepared.figures["counts"].items()]
+    _print_table(prepared.data.name, rows)
+    for name, share in prepared.figures["features"].items():
+        typer.echo(f"Items with {name} features: {share:.1%}")
+    if prepared.figures["time_ties"] is None:
+        typer.echo("No timestamps: the order is that of the source.")
+    else:
+        typer.echo(
+            f"Interactions at the same time as the user's one before: {prepared.figures['time_ties']:,} "
+            "(their order is that of the source)"
+        )
+    typer.echo(f"Data set: {target}")
 
 
 @command
@@ -175,10 +209,7 @@ def demo(
     generated = make_demo_dataset(seed=seed)
     folder = out / "demo-shop"  # its name is the name of the data
     if not folder.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".demo-shop.") as temporary:  # interrupted, nothing is left
-            generated.save(Path(temporary) / "demo-shop")
-            (Path(temporary) / "demo-shop").rename(folder)
+        generated.save(folder)
     data = Dataset.load(folder)
     if data.fingerprint() != generated.fingerprint():
         raise ValueError(f"out: {out} holds the demo of another seed or version; choose another --out, or delete it")
@@ -308,7 +339,7 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
-        numeric = name in ("rank", "score", "users", "level", "perplexity", *METRICS)
+        numeric = name in ("rank", "score", "users", "items", "interactions", "level", "perplexity", *METRICS)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

@@ -15,6 +15,7 @@ Other columns are not read. In CSV every column of the items counts as text.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +58,23 @@ def read(folder: Path) -> Dataset:
 
 
 def write(data: Dataset, folder: Path) -> None:
-    """Writes `data` so that `read` gives it back. Raises `ValueError` as `Dataset.save` says."""
+    """Writes `data` so that `read` gives it back, wholly or not at all. Raises `ValueError` as `Dataset.save` says."""
     for row, item_id in enumerate(data.item_ids):
         if "\n" in item_id or "\r" in item_id:  # features name their items one a line
             raise ValueError(f"item_ids: {item_id!r} in row {row + 1} (counted from 1) has a newline; rename the item")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: {folder} is not empty; give a new one")
-    (folder / "features").mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        _write_files(data, whole)
+        if folder.exists():  # it is empty, and some systems rename onto no folder
+            folder.rmdir()
+        whole.rename(folder)
+
+
+def _write_files(data: Dataset, folder: Path) -> None:
+    (folder / "features").mkdir(parents=True)
     histories = data.histories
     rows = {
         "user": np.array(data.user_ids, object)[np.repeat(np.arange(data.n_users), histories.lengths)],

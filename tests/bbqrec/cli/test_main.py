@@ -308,11 +308,11 @@ def test_a_damaged_run_folder_is_one_sentence_naming_the_file(
 
 
 def test_an_interrupted_demo_starts_again(tmp_path, monkeypatch):
-    def stop(self, folder):
+    def stop(data, folder):
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bbqrec.Dataset.save", stop)
+    monkeypatch.setattr("bbqrec.data.formats.native._write_files", stop)
     assert call("demo", "--out", tmp_path / "demo").exit_code == 130
     assert list((tmp_path / "demo").iterdir()) == []
 

@@ -180,16 +180,35 @@ def recommend(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     keep_history: KeepHistory = False,
+    candidates: Annotated[
+        Path | None, typer.Option(help="File of the items to recommend from, an id a line; by default all.")
+    ] = None,
+    requests: Annotated[
+        str | None,
+        typer.Option(help='File of many histories, or -, in lines {"user": "u", "history": ["a", "b"]} or ["a", "b"].'),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --requests: file to write, .jsonl or .parquet; by default stdout.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend the next items of one history."""
+    """Recommend the next items of one history, or of many from a file (then as JSON lines)."""
     from bbqrec import BBQRec
 
+    wanted = None if candidates is None else candidates.read_text(encoding="utf-8").split("\n")
+    options = {"keep_history": keep_history, "candidates": wanted and [item for item in wanted if item]}
+    if requests is not None:
+        if history or items or timestamps:
+            raise ValueError("requests: got a file and a history as well; give one of them")
+        _recommend_file(BBQRec.load(run), requests, k, options, out)
+        return
+    if out is not None:
+        raise ValueError("out: is for --requests; a single history is printed")
     given = [item.strip() for part in history or [] for item in part.split(",") if item.strip()] + (items or [])
     if not given:
         raise ValueError("history: no item given; name items, e.g. `bbqrec recommend RUN --history A,B`")
     model = BBQRec.load(run)
-    rows = _recommendations(model, given, k, keep_history, None if timestamps is None else _integers(timestamps))
+    rows = _recommendations(model, given, k, None if timestamps is None else _integers(timestamps), **options)
     if as_json:
         _print_json({"run": str(run), "history": given, "items": rows})
     else:
@@ -224,7 +243,7 @@ def demo(
     user = int(runs["bbqrec"].split.test.users[0])
     name = data.user_ids[user]
     history = [data.item_ids[i] for i in data.histories[user][:-1]]
-    recommended = _recommendations(model, history, 10, keep_history=False)
+    recommended = _recommendations(model, history, 10)
     if as_json:
         _print_json(
             {"run": str(out), "test": rows, "user": data.user_ids[user], "history": history, "items": recommended}
@@ -276,11 +295,41 @@ def _integers(text: str) -> list[int]:
         raise ValueError(f"timestamps: got {text!r}, expected whole numbers separated by commas") from None
 
 
+def _recommend_file(model: BBQRec, source: str, k: int, options: dict[str, Any], out: Path | None) -> None:
+    """Answers every line of `source`; a file is written whole or not at all."""
+    import polars as pl
+
+    from bbqrec.data.files import atomically
+    from bbqrec.serving.files import read_requests, recommend_all
+
+    if out is not None and out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"out: got {out}, expected a name that ends in .jsonl or .parquet")
+
+    def write(target: Any) -> None:
+        for row in rows:
+            target.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write_file(path: str | Path) -> None:
+        if out.suffix == ".parquet":
+            found = [{"user": row["user"], "rank": n, **item} for row in rows for n, item in enumerate(row["items"], 1)]
+            pl.DataFrame(found, infer_schema_length=None).write_parquet(path)
+            return
+        with Path(path).open("w", encoding="utf-8") as file:
+            write(file)
+
+    with sys.stdin if source == "-" else Path(source).open(encoding="utf-8") as file:
+        rows = recommend_all(model, read_requests(file, "stdin" if source == "-" else source), k, **options)
+        if out is None:
+            write(sys.stdout)
+        else:
+            atomically(out, write_file)
+
+
 def _recommendations(
-    model: BBQRec, history: list[str], k: int, keep_history: bool, timestamps: list[int] | None = None
+    model: BBQRec, history: list[str], k: int, timestamps: list[int] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     times = None if timestamps is None else [timestamps]
-    [best] = model.recommend([history], k, keep_history=keep_history, timestamps=times)
+    [best] = model.recommend([history], k, timestamps=times, **options)
     return [
         {
             "rank": rank,

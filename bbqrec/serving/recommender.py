@@ -58,6 +58,7 @@ class BBQRec:
         k: int = 10,
         *,
         keep_history: bool = False,
+        candidates: Iterable[str] | None = None,
         timestamps: Sequence[Sequence[int]] | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The best next items.
@@ -66,6 +67,7 @@ class BBQRec:
             histories: item ids of each user, oldest first. Of a long one, the latest `max_length` items count.
             k: items to return for each history.
             keep_history: also recommend items of the history; by default they are left out.
+            candidates: recommend these items only; by default the whole catalogue.
             timestamps: time of every item of every history, in the unit of the data set (mostly seconds). Needed by a
                 model with `model.relative_time`, and by no other.
 
@@ -81,25 +83,29 @@ class BBQRec:
         """
         indices = [self._indices(n, history) for n, history in enumerate(histories)]
         self._check_timestamps(indices, timestamps)
+        is_candidate = torch.full((len(self.item_ids),), candidates is None)
+        if candidates is not None:
+            is_candidate[[self.item_index(item) for item in candidates]] = True
+        total = int(is_candidate.sum())
         for n, items in enumerate(indices):
-            removed = 0 if keep_history else len(set(items))
-            candidates = len(self.item_ids) - removed
-            if not 1 <= k <= candidates:
+            removed = 0 if keep_history else int(is_candidate[sorted(set(items))].sum())
+            if not 1 <= k <= total - removed:
+                what = "items" if candidates is None else "candidates"
                 raise ValueError(
-                    f"k: got {k}, expected 1 to {candidates} for history {n} "
-                    f"({len(self.item_ids)} items, {removed} of them left out as history)"
+                    f"k: got {k}, expected 1 to {total - removed} for history {n} "
+                    f"({total} {what}, {removed} of them left out as history)"
                 )
         recommended = []
         for start in range(0, len(indices), BATCH_HISTORIES):
             chosen = slice(start, start + BATCH_HISTORIES)
             times = None if timestamps is None else timestamps[chosen]
-            recommended += self._recommend(indices[chosen], times, k, keep_history)
+            recommended += self._recommend(indices[chosen], times, k, keep_history, is_candidate)
         for n, found in enumerate(recommended):
             if len(found) < k:  # of models that search
                 raise ValueError(
                     f"k: got {k}, expected 1 to {len(found)} for history {n}: the search keeps "
-                    f"{self.model.config.beam} items, some of them left out as history; ask for fewer, or fit with a "
-                    "larger model.beam"
+                    f"{self.model.config.beam} items, some of them left out as history or no candidates; ask for "
+                    "fewer, or fit with a larger model.beam"
                 )
         return recommended
 
@@ -142,10 +148,16 @@ class BBQRec:
                 )
 
     def _recommend(
-        self, histories: list[list[int]], timestamps: Sequence[Sequence[int]] | None, k: int, keep_history: bool
+        self,
+        histories: list[list[int]],
+        timestamps: Sequence[Sequence[int]] | None,
+        k: int,
+        keep_history: bool,
+        is_candidate: torch.Tensor,
     ) -> list[list[tuple[str, float]]]:
         batch = pack_histories(Histories.from_lists(histories, timestamps), self.max_length)
         scores = self.model.score(batch.to(next(self.model.parameters()).device)).cpu()
+        scores[:, ~is_candidate] = -torch.inf
         if not keep_history:
             for row, items in zip(scores, histories, strict=True):
                 row[items] = -torch.inf

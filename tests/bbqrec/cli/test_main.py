@@ -54,7 +54,7 @@ app(["evaluate", "nowhere"])
     assert result.stdout.split() == [used]
 
 
-@pytest.mark.parametrize("command", ["fit", "tokenize", "evaluate", "recommend", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["import", "fit", "tokenize", "evaluate", "recommend", "demo", "doctor"])
 def test_every_command_explains_itself(command):
     assert "Usage:" in succeed(command, "--help")
 
@@ -305,6 +305,72 @@ def test_a_damaged_run_folder_is_one_sentence_naming_the_file(
     assert result.exit_code == 1, result.exception
     assert named in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def requests(tiny_data, tmp_path):
+    """A file of requests, and the histories in it."""
+    histories = [[tiny_data.item_ids[i] for i in row] for row in ([3, 1, 4], [1], [5, 9, 2, 6])] * 100
+    lines = [json.dumps({"user": f"u{n}", "history": history}) for n, history in enumerate(histories[:-1])]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join([*lines, "", json.dumps(histories[-1])]))
+    return path, histories
+
+
+def test_many_histories_from_a_file(bbqrec_run, requests, tmp_path, monkeypatch):
+    path, histories = requests
+    model = BBQRec.load(bbqrec_run.folder)
+    expected = model.recommend(histories, 3)
+    rows = [
+        json.loads(line) for line in succeed("recommend", bbqrec_run.folder, "--requests", path, "-k", 3).splitlines()
+    ]
+    assert [row["user"] for row in rows] == [*(f"u{n}" for n in range(299)), None]
+    for row, best in zip(rows, expected, strict=True):
+        assert [item["item"] for item in row["items"]] == [item for item, _ in best]
+        assert [item["score"] for item in row["items"]] == pytest.approx([score for _, score in best], rel=1e-4)
+        assert row["items"][0]["title"] == model.title(best[0][0])
+    out = tmp_path / "found.parquet"
+    succeed("recommend", bbqrec_run.folder, "--requests", path, "-k", 3, "--out", out)
+    table = pl.read_parquet(out)
+    assert table["item"].to_list() == [item for best in expected for item, _ in best]
+    assert table["rank"].to_list() == [1, 2, 3] * 300
+    lines = CliRunner().invoke(
+        app, ["recommend", str(bbqrec_run.folder), "--requests", "-", "-k", "3"], input=path.read_text()
+    )
+    assert [json.loads(line)["user"] for line in lines.stdout.splitlines()] == [row["user"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 302 is 'nonsense', expected"),
+        ('{"history": []}', "line 302 is"),
+        ('{"history": "ab"}', "line 302 is"),
+        ('["no such item"]', "line 302: item: 'no such item' is not in the catalogue"),
+        ('{"history": ["I0"], "timestamps": [3]}', "line 302: "),
+    ],
+)
+def test_a_wrong_line_is_named_and_nothing_is_written(line, message, bbqrec_run, requests, tmp_path, tiny_data):
+    path, _ = requests
+    path.write_text(path.read_text() + "\n" + line.replace("I0", tiny_data.item_ids[0]))
+    out = tmp_path / "found.jsonl"
+    result = call("recommend", bbqrec_run.folder, "--requests", path, "-k", 3, "--out", out)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_recommendations_among_candidates(bbqrec_run, tiny_data, tmp_path):
+    ids = tiny_data.item_ids
+    (tmp_path / "candidates.txt").write_text("\n".join(ids[10:15]) + "\n")
+    arguments = ["recommend", bbqrec_run.folder, ids[3], ids[11], "--candidates", tmp_path / "candidates.txt"]
+    found = json.loads(succeed(*arguments, "-k", 4, "--json"))["items"]
+    assert {row["item"] for row in found} == {ids[i] for i in (10, 12, 13, 14)}
+    everything = BBQRec.load(bbqrec_run.folder).recommend([[ids[3], ids[11]]], len(ids) - 2)[0]
+    assert [row["item"] for row in found] == [item for item, _ in everything if item in ids[10:15]]
+    result = call(*arguments, "-k", 5)
+    assert "k: got 5, expected 1 to 4 for history 0 (5 candidates, 1 of them left out as history)" in result.stderr
 
 
 def test_an_interrupted_demo_starts_again(tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""Histories in JSON lines, and recommendations out, for many users at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bbqrec.serving.recommender import BATCH_HISTORIES, BBQRec
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line: where it is, whose history it is, its items, oldest first, and their times."""
+
+    place: str
+    user: str | None
+    history: list[str]
+    timestamps: list[int] | None
+
+
+def read_requests(lines: Iterable[str], name: str) -> Iterator[Request]:
+    """Reads JSON lines, `{"user": "u", "history": ["a", "b"]}`, with "timestamps" for a model that reads them, or just
+    `["a", "b"]`.
+
+    Args:
+        lines: of a file; empty ones are skipped.
+        name: what to call it in errors.
+
+    Raises `ValueError` naming the line that is something else.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        value = {"history": value} if isinstance(value, list) else value
+        history = value.get("history") if isinstance(value, dict) else None
+        if not isinstance(history, list) or not history or not all(isinstance(item, str) for item in history):
+            raise ValueError(
+                f'{name}: line {number} is {line.strip()[:60]!r}, expected {{"user": "u", "history": ["a", "b"]}} or '
+                '["a", "b"]: a list of item ids, oldest first'
+            )
+        user = value.get("user")
+        yield Request(f"{name}: line {number}", None if user is None else str(user), history, value.get("timestamps"))
+
+
+def recommend_all(model: BBQRec, requests: Iterable[Request], k: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """Rows `{"user", "items": [{"item", "title", "score"}, ...]}` in the order of the requests, as they are ready.
+
+    `options` are those of `BBQRec.recommend`. Raises `ValueError` as it does, naming the line.
+    """
+    for batch in _batches(requests, BATCH_HISTORIES):
+        try:
+            found = _recommend(model, batch, k, options)
+        except ValueError:
+            for request in batch:  # which one is it?
+                try:
+                    _recommend(model, [request], k, options)
+                except ValueError as error:
+                    raise ValueError(f"{request.place}: {str(error).replace(' for history 0', '')}") from None
+            raise
+        for request, best in zip(batch, found, strict=True):
+            items = [{"item": item, "title": model.title(item), "score": score} for item, score in best]
+            yield {"user": request.user, "items": items}
+
+
+def _recommend(model: BBQRec, batch: list[Request], k: int, options: dict[str, Any]) -> list[list[tuple[str, float]]]:
+    times = [request.timestamps for request in batch]
+    timestamps = None if all(each is None for each in times) else [each or [] for each in times]
+    return model.recommend([request.history for request in batch], k, timestamps=timestamps, **options)
+
+
+def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    batch: list[Request] = []
+    for request in requests:
+        batch.append(request)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

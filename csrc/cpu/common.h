@@ -2,11 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,17 +13,25 @@
 #include <string>
 #include <vector>
 
+#include "common/tensors.h"
+#include "simd_targets.h"
+
 namespace bbq {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+inline Element element_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected dtype float32, bfloat16 or float16");
+  }
+}
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
 
 // Calls f(scratch, 0), ..., f(scratch, count - 1), on all cores, each of which takes the next one when it is done and
 // has a scratch of its own, made by make_scratch().
@@ -64,23 +67,6 @@ class AlignedBuffer {
  private:
   static constexpr std::align_val_t kAlignment{64};
   T* data_;
-};
-
-// Lets a kernel fill a contiguous buffer for an output whose strides may be others.
-class ContiguousOutput {
- public:
-  explicit ContiguousOutput(const Tensor& output)
-      : output_(output), buffer_(output.is_contiguous() ? output : torch::stable::contiguous(output)) {}
-  const Tensor& buffer() const { return buffer_; }
-  // Copies into the output where they differ, and returns it.
-  Tensor finish() {
-    if (buffer_.get() != output_.get()) torch::stable::copy_(output_, buffer_);
-    return output_;
-  }
-
- private:
-  Tensor output_;
-  Tensor buffer_;
 };
 
 }  // namespace bbq

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "common/quantization_arguments.h"
 
 namespace bbq {
 namespace {
@@ -19,65 +20,13 @@ constexpr int64_t kChunkRows = 512;           // least rows of one partial sum o
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kSliceWidth = 64;  // columns of one unit of such a sum: its part of the codebooks should fit a cache
 
-struct Shape {
-  int64_t rows, levels, size, width;
-  int64_t codebook_elements() const { return levels * size * width; }
-};
-
 const QuantizationKernels& kernels() {
-  switch (simd_target()) {
-#define BBQ_CASE(target)   \
-  case SimdTarget::target: \
-    return target::residual_quantization;
-    BBQ_FOR_SIMD_TARGETS(BBQ_CASE)
-#undef BBQ_CASE
-  }
-  throw std::logic_error("no such SIMD target");
+#define BBQ_TABLE(target) &target::residual_quantization,
+  return of_target({BBQ_FOR_SIMD_TARGETS(BBQ_TABLE)});
+#undef BBQ_TABLE
 }
 
-Element element_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected dtype float32, bfloat16 or float16");
-  }
-}
-
-void check_upstream(const char* name, const Tensor& grad, int64_t elements, ScalarType dtype) {
-  if (grad.numel() != elements || grad.scalar_type() != dtype) {
-    throw std::invalid_argument(std::string(name) + ": expected the shape and dtype of what it is the gradient of");
-  }
-}
-
-// The sizes of a call. The public functions check arguments in full; this is what keeps addresses inside the tensors
-// when an operator is called directly. `vectors` (..., D) and `codes` (..., L) may be missing.
-Shape shape_of(const Tensor* vectors, const Tensor* codes, const Tensor& codebooks) {
-  if (codebooks.dim() != 3 || codebooks.scalar_type() != ScalarType::Float) {
-    throw std::invalid_argument("codebooks: expected 3 dimensions (levels, codebook_size, D) of float32");
-  }
-  Shape s{0, codebooks.size(0), codebooks.size(1), codebooks.size(2)};
-  if (s.levels * s.size * s.width == 0) {
-    throw std::invalid_argument("codebooks: expected at least one level, codeword and D");
-  }
-  if (codes && (codes->dim() == 0 || codes->size(-1) != s.levels || codes->scalar_type() != ScalarType::Long)) {
-    throw std::invalid_argument("codes: expected shape (..., levels) of int64");
-  }
-  if (vectors && (vectors->dim() == 0 || vectors->size(-1) != s.width)) {
-    throw std::invalid_argument("x: expected shape (..., D), D that of codebooks");
-  }
-  s.rows = vectors ? vectors->numel() / s.width : codes->numel() / s.levels;
-  if (vectors && codes && codes->numel() / s.levels != s.rows) {
-    throw std::invalid_argument("codes: expected one row for each row of x");
-  }
-  return s;
-}
-
-Codebooks codebooks_of(const Tensor& contiguous, const Shape& s) {
+Codebooks codebooks_of(const Tensor& contiguous, const QuantizationSizes& s) {
   return {data<float>(contiguous), s.levels, s.size, s.width};
 }
 
@@ -117,7 +66,7 @@ struct PackedCodebooks {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(&x, nullptr, codebooks);
+  const QuantizationSizes s = sizes_of(&x, nullptr, codebooks);
   const Element element = element_of("x", x);
   const Tensor rows = contiguous(x), books = contiguous(codebooks);
   std::vector<int64_t> code_sizes(x.sizes().begin(), x.sizes().end());
@@ -184,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebooks) 
 class Walks {
  public:
   // `vectors` may be missing, where only codes are walked.
-  Walks(const Shape& s, const Tensor* vectors, Element element, const Tensor& codes, const Tensor& books)
+  Walks(const QuantizationSizes& s, const Tensor* vectors, Element element, const Tensor& codes, const Tensor& books)
       : s_(s), row_bytes_(vectors ? s.width * vectors->element_size() : 0) {
     all_.x = vectors ? vectors->const_data_ptr() : nullptr;
     all_.element = element;
@@ -228,7 +177,7 @@ class Walks {
     });
   }
 
-  static int64_t chunk_count(const Shape& s) {
+  static int64_t chunk_count(const QuantizationSizes& s) {
     const int64_t rows = std::max(kChunkRows, s.size * std::max<int64_t>(8, s.levels));
     return std::clamp<int64_t>(s.rows / rows, 1, kMaxChunks);
   }
@@ -256,13 +205,13 @@ class Walks {
                             std::to_string(s_.size - 1) + " (codebook_size - 1)");
   }
 
-  Shape s_;
+  QuantizationSizes s_;
   int64_t row_bytes_;
   Walk all_{};
   std::atomic<bool> invalid_{false};
 };
 
-std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& grad, const Shape& s) {
+std::vector<float> loss_scales(const char* name, const std::optional<Tensor>& grad, const QuantizationSizes& s) {
   std::vector<float> scales(s.levels, 0.0f);
   if (!grad.has_value()) return scales;
   check_upstream(name, *grad, s.levels, ScalarType::Float);
@@ -279,7 +228,7 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
                                              std::optional<Tensor> grad_codebook_loss, bool need_x,
                                              bool need_codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(&x, &codes, codebooks);
+  const QuantizationSizes s = sizes_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
   const std::vector<float> x_scales = loss_scales("grad_commitment_loss", grad_commitment_loss, s);
   const std::vector<float> book_scales = loss_scales("grad_codebook_loss", grad_codebook_loss, s);
@@ -311,7 +260,7 @@ std::tuple<Tensor, Tensor> quantize_backward(Tensor x, Tensor codebooks, Tensor 
 
 Tensor decode(Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(nullptr, &codes, codebooks);
+  const QuantizationSizes s = sizes_of(nullptr, &codes, codebooks);
   const Tensor books = contiguous(codebooks), dense_codes = contiguous(codes);
   std::vector<int64_t> sizes(codes.sizes().begin(), codes.sizes().end());
   sizes.back() = s.width;
@@ -326,7 +275,7 @@ Tensor decode(Tensor codes, Tensor codebooks) {
 
 Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(&grad, &codes, codebooks);
+  const QuantizationSizes s = sizes_of(&grad, &codes, codebooks);
   check_upstream("grad", grad, s.rows * s.width, ScalarType::Float);
   const Tensor dense = contiguous(grad), books = contiguous(codebooks), dense_codes = contiguous(codes);
   ContiguousOutput output(empty_like(codebooks));
@@ -339,7 +288,7 @@ Tensor decode_backward(Tensor grad, Tensor codes, Tensor codebooks) {
 
 std::tuple<Tensor, Tensor> statistics(Tensor x, Tensor codes, Tensor codebooks) {
   using namespace torch::stable;
-  const Shape s = shape_of(&x, &codes, codebooks);
+  const QuantizationSizes s = sizes_of(&x, &codes, codebooks);
   const Tensor rows = contiguous(x), books = contiguous(codebooks), dense_codes = contiguous(codes);
   Tensor counts = new_empty(books, {s.levels, s.size}), sums = new_empty(books, {s.levels, s.size, s.width});
   const QuantizationKernels& simd = kernels();

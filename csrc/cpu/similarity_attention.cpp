@@ -21,27 +21,9 @@ constexpr int64_t kThreadedWork = 1 << 18;  // products that are worth waking th
 static_assert(kSpan % kBlock == 0);
 
 const AttentionKernels& kernels() {
-  switch (simd_target()) {
-#define BBQ_CASE(target)   \
-  case SimdTarget::target: \
-    return target::similarity_attention;
-    BBQ_FOR_SIMD_TARGETS(BBQ_CASE)
-#undef BBQ_CASE
-  }
-  throw std::logic_error("no such SIMD target");
-}
-
-Element element_of(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      throw std::invalid_argument("query: expected dtype float32, bfloat16 or float16");
-  }
+#define BBQ_TABLE(target) &target::similarity_attention,
+  return of_target({BBQ_FOR_SIMD_TARGETS(BBQ_TABLE)});
+#undef BBQ_TABLE
 }
 
 // f(scratch, 0), ..., f(scratch, count - 1), on all cores if the work is worth it.
@@ -194,7 +176,7 @@ struct Problem {
       throw std::invalid_argument("query, key, value: expected shapes and dtypes that fit together");
     }
     if (q.size(-1) == 0) throw std::invalid_argument("query: expected a head size of at least 1");
-    attention.element = element_of(q);
+    attention.element = element_of("query", q);
     attention.query = input(query);
     attention.key = input(key);
     attention.value = input(value);

@@ -5,9 +5,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
@@ -15,41 +12,13 @@
 #include <string>
 #include <vector>
 
+#include "common/tensors.h"
 #include "cuda/device.cuh"
 
 // The headers of a CPU build of torch hide it; its CUDA libraries export it in every version >= 2.10.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace bbq {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// Lets kernels fill a contiguous buffer for an output whose strides may be others.
-class ContiguousOutput {
- public:
-  explicit ContiguousOutput(const Tensor& output)
-      : output_(output), buffer_(output.is_contiguous() ? output : torch::stable::contiguous(output)) {}
-  const Tensor& buffer() const { return buffer_; }
-  // Copies into the output where they differ, and returns it.
-  Tensor finish() {
-    if (buffer_.get() != output_.get()) torch::stable::copy_(output_, buffer_);
-    return output_;
-  }
-
- private:
-  Tensor output_;
-  Tensor buffer_;
-};
 
 inline void check_cuda(cudaError_t error, const char* doing) {
   if (error != cudaSuccess) {

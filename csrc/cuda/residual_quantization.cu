@@ -1,4 +1,5 @@
 // Residual quantization for the CUDA key of the operators in bbqrec_kernels/residual_quantization/ops.py.
+#include "common/quantization_arguments.h"
 #include "cuda/launch.cuh"
 #include "cuda/residual_quantization.cuh"
 
@@ -7,33 +8,9 @@ namespace {
 
 using namespace torch::stable;
 
-// The sizes of a call. The public functions check arguments in full; this is what keeps addresses inside the tensors
-// when an operator is called directly. `vectors` (..., D) and `codes` (..., L) may be missing.
 RowShape shape_of(const Tensor* vectors, const Tensor* codes, const Tensor& codebooks) {
-  if (codebooks.dim() != 3 || codebooks.scalar_type() != ScalarType::Float) {
-    throw std::invalid_argument("codebooks: expected 3 dimensions (levels, codebook_size, D) of float32");
-  }
-  RowShape s{0, codebooks.size(2), static_cast<int>(codebooks.size(0)), codebooks.size(1)};
-  if (s.levels * s.size * s.width == 0) {
-    throw std::invalid_argument("codebooks: expected at least one level, codeword and D");
-  }
-  if (codes && (codes->dim() == 0 || codes->size(-1) != s.levels || codes->scalar_type() != ScalarType::Long)) {
-    throw std::invalid_argument("codes: expected shape (..., levels) of int64");
-  }
-  if (vectors && (vectors->dim() == 0 || vectors->size(-1) != s.width)) {
-    throw std::invalid_argument("x: expected shape (..., D), D that of codebooks");
-  }
-  s.rows = vectors ? vectors->numel() / s.width : codes->numel() / s.levels;
-  if (vectors && codes && codes->numel() / s.levels != s.rows) {
-    throw std::invalid_argument("codes: expected one row for each row of x");
-  }
-  return s;
-}
-
-void check_upstream(const char* name, const Tensor& grad, int64_t elements, ScalarType dtype) {
-  if (grad.numel() != elements || grad.scalar_type() != dtype) {
-    throw std::invalid_argument(std::string(name) + ": expected the shape and dtype of what it is the gradient of");
-  }
+  const QuantizationSizes s = sizes_of(vectors, codes, codebooks);
+  return {s.rows, s.width, static_cast<int>(s.levels), s.size};
 }
 
 Float type_of(const char* name, const Tensor& tensor) {

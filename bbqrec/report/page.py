@@ -128,16 +128,11 @@ def _codebooks(facts: dict[str, Any]) -> str:
     if books["agreement"] is not None:
         share = _percent(books["agreement"])
         said.append(f"Items whose modalities agree on the first code: {share} of those that have every modality.")
-    return (
-        _paragraph(
-            f"{books['levels']} levels of {books['size']} codewords, {kind}. Perplexity is the number of codewords that "
-            "would be as uneven to guess if all were used alike; “left” is the share of a vector's squared length that "
-            "the codes up to this level do not explain."
-        )
-        + _table("Codebooks", header, rows)
-        + _paragraph(" ".join(said))
-        + _grid(charts, "of-small")
+    what = (
+        f"{books['levels']} levels of {books['size']} codewords, {kind}. Perplexity: so many codewords, used alike, would "
+        "be as hard to guess. Left: the share of a vector's squared length that codes up to this level do not explain."
     )
+    return _paragraph(what) + _table("Codebooks", header, rows) + _paragraph(" ".join(said)) + _grid(charts, "of-small")
 
 
 def _collisions(facts: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ app(["evaluate", "nowhere"])
     assert result.stdout.split() == [used]
 
 
-@pytest.mark.parametrize("command", ["fit", "tokenize", "evaluate", "recommend", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["fit", "tokenize", "evaluate", "inspect", "recommend", "demo", "doctor"])
 def test_every_command_explains_itself(command):
     assert "Usage:" in succeed(command, "--help")
 

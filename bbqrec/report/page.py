@@ -130,7 +130,7 @@ def _codebooks(facts: dict[str, Any]) -> str:
         said.append(f"Items whose modalities agree on the first code: {share} of those that have every modality.")
     what = (
         f"{books['levels']} levels of {books['size']} codewords, {kind}. Perplexity: so many codewords, used alike, "
-        "would be as hard to guess. Left: the share of a vector's squared length that codes up to this level do not explain."
+        "would be as hard to guess. Left: the share of a vector's squared length that codes up to this level leave."
     )
     return _paragraph(what) + _table("Codebooks", header, rows) + _paragraph(" ".join(said)) + _grid(charts, "of-small")
 

@@ -181,6 +181,8 @@ def inspect(
 
     if report is not None and not report.parent.is_dir():
         raise ValueError(f"report: got {report}, in a folder that does not exist; make {report.parent} first")
+    if report is not None and report.is_dir():
+        raise ValueError(f"report: {report} is a folder, expected a file; name one, e.g. {report / 'report.html'}")
     opened = Run(run, Dataset.load(data) if data else None)
     facts = collect(opened, opened.metrics)
     if report is not None:

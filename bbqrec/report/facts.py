@@ -48,7 +48,7 @@ def collect(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     labels = None if semantic_ids is None else _first_codes(semantic_ids)
     facts = {"run": _run(run, data), "curves": _curves(run), "metrics": metrics}
     if semantic_ids is not None:
-        facts["codebooks"] = _codebooks(semantic_ids, metrics["tokenizer"])
+        facts["codebooks"] = _codebooks(semantic_ids, run.tokenizer_figures)
         facts["collisions"] = _collisions(semantic_ids, titles)
         facts["groups"] = _groups(labels, titles)
     facts["map"] = _map(run, semantic_ids, labels, titles)

@@ -50,16 +50,19 @@ def line_chart(
 
 
 def scatter(title: str, points: Sequence[dict[str, Any]]) -> str:
-    """A map of `points`: places from -1 to 1 (`x`, `y`), `name`, and `colour`, a number that points share."""
-    half = MAP_SIZE / 2
-    scale = half - MAP_MARGIN
+    """A map of `points`: places from -1 to 1 (`x`, `y`), `name`, and `colour`, a number that points share.
+
+    It is as wide and as high as the places need.
+    """
+    scale = MAP_SIZE / 2 - MAP_MARGIN
+    right, top = (MAP_MARGIN + scale * max(abs(point[axis]) for point in points) for axis in ("x", "y"))
     circles = [
-        f'<circle class="c{point["colour"]}" cx="{half + scale * point["x"]:.1f}" cy="{half - scale * point["y"]:.1f}" '
+        f'<circle class="c{point["colour"]}" cx="{right + scale * point["x"]:.1f}" cy="{top - scale * point["y"]:.1f}" '
         f'r="4"><title>{escape(point["name"])}</title></circle>'
         for point in points
     ]
     return (
-        f'<div class="map"><svg viewBox="0 0 {MAP_SIZE} {MAP_SIZE}" role="img" aria-label="{escape(title)}">'
+        f'<div class="map"><svg viewBox="0 0 {2 * right:.1f} {2 * top:.1f}" role="img" aria-label="{escape(title)}">'
         f"{''.join(circles)}</svg></div>"
     )
 

@@ -146,7 +146,7 @@ def _collisions(facts: dict[str, Any]) -> str:
     if found["largest"]:
         named = "; ".join(_text(_cut(title)) for title in found["largest"])
         more = found["sizes"][-1][0] - len(found["largest"])
-        largest = f"<p>Most items share one ID here: {named}{f'; and {more:,} more' if more else ''}.</p>"
+        largest = f"<p>Most items share one ID here: {named}{f'; and {more:,} more' if more else ''}</p>"
     return _paragraph(said) + _table("Collisions", ["items that share an ID", "such IDs", "items"], rows) + largest
 
 
@@ -190,9 +190,9 @@ def _groups(facts: dict[str, Any]) -> str:
 def _reweighting(facts: dict[str, Any]) -> str:
     said = (
         "What attention learned to make of what two items have in common. An entry multiplies the weight of a pair of "
-        "items, before the weights of all items are made to sum to one: ×1 changes nothing, and only the ratios within "
-        "a column count. In “text × image” the text of the item that attends is compared with the image of the one "
-        "attended to; an item that lacks a modality agrees in no level."
+        "items, before the weights of all items are made to sum to one: ×1 changes nothing (orange is above, blue "
+        "below), and only the ratios within a column count. In “text × image” the text of the item that attends is "
+        "compared with the image of the one attended to; an item that lacks a modality agrees in no level."
     )
     return _paragraph(said) + _grid([_heat_map(table) for table in facts["reweighting"]], "of-tables")
 
@@ -267,7 +267,7 @@ def _example(example: dict[str, Any], columns: Sequence[str]) -> str:
         recommended.append([_Html(_text(_cut(row["title"])) + mark), f"{row['score']:.3f}"])
     target = example["target"]
     place = "not among the items that the search found" if target["rank"] is None else f"rank {target['rank']:,}"
-    heading = f"<h3>{_text(example['user'])}</h3>"
+    heading = f"<h3>User {_text(example['user'])}</h3>"
     outcome = f"<p>Took next (held out): {_text(_cut(target['title']))}, {place}.</p>"
     tables = [
         _table(f"History, {extent}", ["item", *(names[c] for c in columns)], history, shown=True, texts=(0,)),
@@ -278,7 +278,7 @@ def _example(example: dict[str, Any], columns: Sequence[str]) -> str:
 
 def _bar(share: float) -> str:
     width = f"{100 * min(max(share, 0), 1):.1f}%"
-    return f"background:linear-gradient(to left,rgba(120,130,150,.35) {width},transparent {width})"
+    return f"background:linear-gradient(to right,rgba(120,130,150,.35) {width},transparent {width})"
 
 
 class _Html(str):
@@ -345,7 +345,7 @@ def _text(text: str) -> str:
     return f"<bdi>{escape(text)}</bdi>"
 
 
-def _cut(text: str, length: int = 80) -> str:
+def _cut(text: str, length: int = 120) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
@@ -418,9 +418,11 @@ svg .grid{stroke:var(--line)}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.32em .6em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
+thead th:first-child{text-align:left}
 tbody th{font-weight:400;text-align:left;white-space:normal;position:sticky;left:0;background:var(--page)}
 th.text,td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:11em}
 .named tbody th{min-width:9em}
+.heat tbody th{white-space:nowrap}
 .heat td{text-align:center;min-width:4.2em}
 .heat thead th+th{text-align:center}
 .hit{color:var(--good);white-space:nowrap}

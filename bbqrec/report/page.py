@@ -384,12 +384,12 @@ STYLE = """
 --s6:#67cfe3;--s7:#aab3bf;--l0:58%;--l1:68%;--l2:48%}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;max-width:1200px;padding:16px;background:var(--page);color:var(--ink);
+body{margin:0 auto;max-width:1200px;padding:16px;background:var(--page);color:var(--ink);overflow-wrap:anywhere;
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-h1{font-size:1.7rem;line-height:1.2;margin:.3em 0 .6em;overflow-wrap:anywhere}
+h1{font-size:1.7rem;line-height:1.2;margin:.3em 0 .6em}
 h2{font-size:1.25rem;margin:2.2em 0 .4em;padding-top:.8em;border-top:1px solid var(--line)}
-h3{font-size:1.05rem;margin:1.6em 0 .2em;overflow-wrap:anywhere}
-p{margin:.4em 0 .9em;max-width:75ch;overflow-wrap:anywhere}
+h3{font-size:1.05rem;margin:1.6em 0 .2em}
+p{margin:.4em 0 .9em;max-width:75ch}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.2em 1.1em;list-style:none;margin:1em 0 0;padding:0}
 nav a{display:inline-block;padding:.3em 0}
@@ -415,7 +415,7 @@ svg .grid{stroke:var(--line)}
 .key{display:inline-block;width:1.2em;height:3px;margin-right:.4em;vertical-align:middle;background:currentColor}
 .wide{overflow-x:auto;margin:.4em 0 1em}
 .wide:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;overflow-wrap:normal;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.32em .6em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
 thead th:first-child{text-align:left}
@@ -433,7 +433,7 @@ th.text,td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;min-wi
 .map .dim circle{fill-opacity:.13}
 .map .dim circle.same{fill-opacity:1}
 .tip{position:absolute;pointer-events:none;max-width:min(20rem,80%);padding:.3em .6em;border-radius:6px;
-background:var(--ink);color:var(--page);font-size:.85rem;overflow-wrap:anywhere}
+background:var(--ink);color:var(--page);font-size:.85rem}
 .tip[hidden]{display:none}
 @media print{.wide{overflow:visible}section{break-inside:avoid-page}}
 """

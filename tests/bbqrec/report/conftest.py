@@ -30,12 +30,12 @@ def hostile_run(tiny_data, tiny_config, tmp_path_factory):
     titles = [f"{HOSTILE[i % len(HOSTILE)]} {i}" for i in range(n_items)]
     data = replace(
         tiny_data,
-        name="<i>shop</i> & \"sons'",
+        name="<i>shop</i> & \"sons'" + 60 * "y",
         path=None,
         item_ids=[f"<b id='{i}'>" for i in range(n_items)],
-        user_ids=[f"</h3><script>{u}</script>" for u in range(tiny_data.n_users)],
+        user_ids=[f"</h3><script>{u}</script>{60 * 'u'}" for u in range(tiny_data.n_users)],
         texts={"title": titles},
-        features={"</td><u>text</u>": tiny_data.features["text"], "im\"age'": tiny_data.features["image"]},
+        features={"</td><u>text</u>": tiny_data.features["text"], "im\"age'" + 60 * "z": tiny_data.features["image"]},
     )
     config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 2})
     return fit(data, tmp_path_factory.mktemp("hostile") / "run", config=config, progress=False)

@@ -166,10 +166,10 @@ def test_what_data_is_called_is_text_and_nothing_else(hostile_run, hostile_title
     said = document.said("title", "bdi")
     for title in hostile_titles:
         assert any(text.startswith(title[:60]) for text in said), title
-    assert "BBQRec on <i>shop</i> & \"sons'" in said
+    assert any(text.startswith("BBQRec on <i>shop</i> & \"sons'") for text in said)
     assert any(text.startswith("</h3><script>") for text in said)
     captions = document.said("caption")
-    assert "semantic IDs: </td><u>text</u> × im\"age'" in captions
+    assert any(text.startswith("semantic IDs: </td><u>text</u> × im\"age'") for text in captions)
 
 
 @pytest.mark.parametrize("name", RUNS)

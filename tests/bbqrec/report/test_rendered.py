@@ -33,7 +33,7 @@ const tip = document.querySelector(".tip");
 const before = tip.hidden;
 circle.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
 const box = tip.getBoundingClientRect(), frame = svg.parentElement.getBoundingClientRect();
-const shown = {text: tip.textContent, hidden: tip.hidden,
+const shown = {text: tip.textContent, hidden: tip.hidden, dimmed: svg.classList.contains("dim"),
   inside: box.left >= frame.left - 0.5 && box.right <= frame.right + 0.5,
   same: svg.querySelectorAll(".same").length, colour: svg.querySelectorAll("." + circle.classList[0]).length};
 svg.dispatchEvent(new PointerEvent("pointerleave"));
@@ -95,6 +95,7 @@ def test_layout_and_hover(name, width, scheme, request, tmp_path):
     assert shown["text"].startswith(run.items["title"][7][:119])
     assert shown["inside"]
     assert shown["same"] == (0 if name == "sasrec_run" else shown["colour"])
+    assert shown["dimmed"] == (name != "sasrec_run")
     assert not found["dimmed"]
 
 

@@ -387,6 +387,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         rows = [
             {"": bucket, **{name: f"×{math.exp(weights[n]):.2f}" for name, weights in heads}}
             for n, bucket in enumerate(table["buckets"])
+            if table["kind"] != "time" or any(weights[n] for _, weights in heads)  # 0: training never met it
         ]
         _print_table(f"Weight of a pair in attention, by {table['kind']}: {table['channel']}", rows)
     for example in facts["examples"]:

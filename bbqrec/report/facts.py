@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # scikit-learn needs it, so it is there
 from torch import Tensor
 
 from bbqrec.config import Config

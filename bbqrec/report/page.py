@@ -310,19 +310,20 @@ def _table(
     texts = [n + 1 for n in texts] if numbered else list(texts)
 
     def cell(n: int, value: str | _Html | _Cell) -> str:
-        tag = 'th scope="row"' if n == 0 else "td"
-        kind = ' class="text"' if n in texts else ""
+        tag, scope = ("th", ' scope="row"') if n == 0 else ("td", "")
         if isinstance(value, _Cell):
-            return f'<{tag}{kind} style="{value.style}">{escape(value.text)}</{tag.split()[0]}>'
-        return f"<{tag}{kind}>{value if isinstance(value, _Html) else escape(value)}</{tag.split()[0]}>"
+            return f'<{tag}{scope}{kind(n)} style="{value.style}">{escape(value.text)}</{tag}>'
+        return f"<{tag}{scope}{kind(n)}>{value if isinstance(value, _Html) else escape(value)}</{tag}>"
+
+    def kind(n: int) -> str:
+        return ' class="text"' if n in texts else ""
 
     body = []
     for place, row in enumerate(rows, start=1):
         values = [str(place), *row] if numbered else row
         body.append("<tr>" + "".join(cell(n, value) for n, value in enumerate(values)) + "</tr>")
     head = "".join(
-        f'<th scope="col"{" class=text" if n in texts else ""}>{escape(name)}</th>' if name else "<td></td>"
-        for n, name in enumerate(header)
+        f'<th scope="col"{kind(n)}>{escape(name)}</th>' if name else "<td></td>" for n, name in enumerate(header)
     )
     hidden = "" if shown else ' class="unseen"'
     return (
@@ -415,7 +416,7 @@ svg .grid{stroke:var(--line)}
 .key{display:inline-block;width:1.2em;height:3px;margin-right:.4em;vertical-align:middle;background:currentColor}
 .wide{overflow-x:auto;margin:.4em 0 1em}
 .wide:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-table{border-collapse:collapse;overflow-wrap:normal;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;overflow-wrap:normal;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.32em .6em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
 thead th:first-child{text-align:left}

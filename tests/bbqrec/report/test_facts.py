@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bbqrec import BBQRec, Run, fit
+from bbqrec.cli.main import _print_facts
 from bbqrec.data.batches import pack_histories
 from bbqrec.data.splits import leave_one_out
 from bbqrec.evaluation.ranking import RECALL_AT
@@ -125,7 +126,7 @@ def test_the_tables_are_those_of_the_model(found, bbqrec_run):
     assert model.tables.abs().sum() > 0
 
 
-def test_tables_of_places_and_times(timed_data, tiny_config, tmp_path):
+def test_tables_of_places_and_times(timed_data, tiny_config, tmp_path, capsys):
     options = {"model.relative_position": True, "model.relative_time": True, "training.epochs": 1}
     config = tiny_config.override(options)
     run = fit(timed_data, tmp_path / "run", model="sasrec", config=config, progress=False)
@@ -139,6 +140,15 @@ def test_tables_of_places_and_times(timed_data, tiny_config, tmp_path):
     met = (run.model.time_tables != 0).any(dim=2).any(dim=0)[0]
     assert met.any()
     assert not met.all()
+    save(tmp_path / "page.html", found)
+    for text in ((tmp_path / "page.html").read_text(encoding="utf-8"), printed(found, capsys)):
+        for name, was_met in zip(time["buckets"][12:], met.tolist()[12:], strict=True):  # the others are short
+            assert (name in text) == was_met, name
+
+
+def printed(found, capsys):
+    _print_facts(found)
+    return capsys.readouterr().out
 
 
 def test_names_of_agreement():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -165,6 +166,33 @@ def evaluate(
         _print_json({"run": str(run), "split": split, "candidates": candidates, **metrics})
     else:
         _print_metrics({split: metrics}, candidates)
+
+
+@command
+def inspect(
+    run: RunFolder,
+    report: Annotated[Path | None, typer.Option(help="Write the run's page anew, to this HTML file.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The run's data set, if it is no longer where it was.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a finished run is like: metrics, codes, what attention learned, and some users; see its report.html."""
+    from bbqrec import Dataset, Run
+    from bbqrec.report import collect, save
+
+    if report is not None and not report.parent.is_dir():
+        raise ValueError(f"report: got {report}, in a folder that does not exist; make {report.parent} first")
+    if report is not None and report.is_dir():
+        raise ValueError(f"report: {report} is a folder, expected a file; name one, e.g. {report / 'report.html'}")
+    opened = Run(run, Dataset.load(data) if data else None)
+    facts = collect(opened, opened.metrics)
+    if report is not None:
+        save(report, facts)
+    page = report or run / "report.html"
+    if as_json:
+        _print_json({"run": str(run), "report": str(page) if page.is_file() else None, "facts": facts})
+        return
+    _print_facts(facts)
+    typer.echo(f"Page: {page}" if page.is_file() else f"No page yet: bbqrec inspect {run} --report {page}")
 
 
 @command(cls=HistoryCommand)
@@ -377,6 +405,65 @@ def _print_tokenizer_figures(figures: dict[str, Any]) -> None:
     if figures["agreement"] is not None:
         typer.echo(f"Items whose modalities agree on the first code: {figures['agreement']:.1%}")
     typer.echo()
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    """All that `bbqrec.report.collect` found, but for what needs a drawing."""
+    run, metrics = facts["run"], facts["metrics"]
+    typer.echo(f"{run['model']} on {run['data']}: {run['users']:,} users, {run['items']:,} items, seed {run['seed']}")
+    rows = {}
+    for split in ("validation", "test"):
+        rows |= {split: metrics[split], f"{split}, most popular": metrics["most_popular"][split]}
+    _print_metrics(rows, metrics["candidates"].rpartition(", ")[2])
+    for stage, columns in facts["curves"].items():
+        rows = [{"": name, "first": f"{ys[0]:.4f}", "last": f"{ys[-1]:.4f}"} for name, ys in _logged(columns).items()]
+        _print_table(f"{stage.replace('_', ' ').capitalize()}, {len(columns['epoch'])} epochs", rows)
+    if "codebooks" in facts:
+        _print_tokenizer_figures({**facts["codebooks"], "collision_rate": facts["collisions"]["rate"]})
+        sizes = facts["collisions"]["sizes"]
+        rows = [{"items that share an ID": size, "such IDs": groups, "items": size * groups} for size, groups in sizes]
+        _print_table(f"{facts['collisions']['distinct']:,} different semantic IDs", rows)
+        rows = [
+            {"first code": g["code"], "items": g["items"], "such as": "; ".join(g["titles"])} for g in facts["groups"]
+        ]
+        _print_table("First codes that most items have", rows)
+    for table in facts.get("reweighting", []):
+        heads = [
+            (f"layer {n} head {h}", weights)
+            for n, layer in enumerate(table["log_weights"], start=1)
+            for h, weights in enumerate(layer, start=1)
+        ]
+        rows = [
+            {"": bucket, **{name: f"×{math.exp(weights[n]):.2f}" for name, weights in heads}}
+            for n, bucket in enumerate(table["buckets"])
+            if table["kind"] != "time" or any(weights[n] for _, weights in heads)  # 0: training never met it
+        ]
+        _print_table(f"Weight of a pair in attention, by {table['kind']}: {table['channel']}", rows)
+    for example in facts["examples"]:
+        history = [
+            {
+                "item": row["item"],
+                "title": row["title"],
+                **({"attention": f"{row['attention']:.1%}"} if "attention" in row else {}),
+                **({"reweighted": f"×{row['reweighting']:.2f}"} if "reweighting" in row else {}),
+            }
+            for row in reversed(example["history"])
+        ]
+        of_all = f"{len(history)} of {example['interactions']}"
+        _print_table(f"History of {example['user']}, latest first, {of_all}", history)
+        target = example["target"]
+        place = "not found by the search" if target["rank"] is None else f"rank {target['rank']:,}"
+        rows = [
+            {**row, "score": f"{row['score']:.3f}", "is_target": "held out" if row["is_target"] else ""}
+            for row in example["recommended"]
+        ]
+        _print_table(f"Recommended; held out is {target['item']}, {place}", rows)
+
+
+def _logged(columns: dict[str, list]) -> dict[str, list[float]]:
+    """Losses and metrics of a stage, the epochs that have them."""
+    known = {name: [y for y in ys if y is not None] for name, ys in columns.items() if name != "epoch"}
+    return {name: ys for name, ys in known.items() if ys}
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:

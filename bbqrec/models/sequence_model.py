@@ -13,7 +13,7 @@ from bbqrec.data.batches import PackedBatch
 from bbqrec.models.losses import catalogue_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
-from bbqrec_kernels import Term, gap, pack, prefix
+from bbqrec_kernels import Term, gap, pack, prefix, similarity_attention_varlen
 
 MAX_CHANNELS = 8  # of all terms of the attention operator
 TIME_BUCKETS = 48  # powers of two of a time gap: decades, even in milliseconds
@@ -98,6 +98,23 @@ class SequenceModel(nn.Module):
         hidden, vectors = self._compared(self(batch, vectors)[batch.last], vectors)
         return hidden @ vectors.T
 
+    @torch.no_grad()
+    def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """How the last layer attends from the last item of the batch's only history to each of its T items.
+
+        Returns weights `(H, T)`, which sum to 1, and what they would be without terms, for the same queries and keys.
+        """
+        projected = []
+        qkv = self.transformer.blocks[-1].attention.qkv
+        hook = qkv.register_forward_hook(lambda module, inputs, output: projected.append(output))
+        try:
+            self(batch)
+        finally:
+            hook.remove()
+        query, key, _ = projected[0].unflatten(-1, (3, self.config.heads, -1)).unbind(-3)  # (T, H, D)
+        weights = [_last_weights(query, key, batch, terms) for terms in (self._terms(batch)[-1], [])]
+        return weights[0], weights[1]
+
     def _compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """What the logits are dot products of."""
         if not self.config.cosine_output:
@@ -122,6 +139,19 @@ class SequenceModel(nn.Module):
             for layer, table in zip(terms, tables, strict=True):
                 layer.append(gap(places[:, None], table))
         return terms
+
+
+def _last_weights(query: Tensor, key: Tensor, batch: PackedBatch, terms: list[Term]) -> Tensor:
+    """Attention weights `(H, T)` of the last token: the operator's outputs for unit vectors as values."""
+    tokens, heads, width = query.shape
+    weights = []
+    for units in torch.eye(tokens, dtype=query.dtype, device=query.device).split(width, dim=1):  # values of that width
+        value = F.pad(units, (0, width - units.shape[1]))[:, None].expand(tokens, heads, width)
+        output = similarity_attention_varlen(
+            query, key, value, terms, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, is_causal=True
+        )
+        weights.append(output[-1, :, : units.shape[1]])
+    return torch.cat(weights, dim=1)
 
 
 def attention_channels(modalities: int, config: ModelConfig, is_shared: bool) -> list[tuple[int, int]]:

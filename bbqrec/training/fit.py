@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from bbqrec import report
 from bbqrec.config import Config, flat_options
 from bbqrec.data.batches import PrefixBatches, TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
@@ -69,6 +70,7 @@ def fit(
     plots.save_curves(folder / "curves.png", folder / "logs")
     save_model(sequence_model, folder / "model.safetensors")
     metrics = _final_metrics(job, sequence_model)
+    _save_report(job, sequence_model, metrics)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     test, popular = metrics["test"], metrics["most_popular"]["test"]
     job.say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
@@ -302,6 +304,12 @@ def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
         "most_popular": {name: evaluate(popular, part, **options) for name, part in held_out.items()},
     }
     return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.has_semantic_ids else metrics
+
+
+def _save_report(job: _Job, model: SequenceModel | Tiger, metrics: dict[str, Any]) -> None:
+    run = Run(job.run.folder, job.data)
+    run.model = model  # at hand, and the run is not finished before its metrics are written
+    report.save(run.folder / "report.html", report.collect(run, metrics))
 
 
 @contextmanager

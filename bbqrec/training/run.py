@@ -6,8 +6,9 @@ tokenizer.safetensors  weights of the finished tokenizer (absent for a model wit
 tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
 model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
-metrics.json           validation and test metrics, and those figures
+metrics.json           validation and test metrics, and those figures; written last
 curves.png, codebooks.png
+report.html            all of this to look at, see `bbqrec.report`: one page that needs no other file
 logs/                  CSV and TensorBoard logs, one version for every time the run was started
 checkpoints/           to resume from
 """

@@ -15,6 +15,7 @@ from bbqrec import BBQRec
 from bbqrec.cli.main import _print_metrics, _print_recommendations, app
 from bbqrec.config import flat_options
 from bbqrec.evaluation.ranking import METRICS
+from bbqrec.report import collect
 
 
 def call(*arguments):
@@ -54,7 +55,10 @@ app(["evaluate", "nowhere"])
     assert result.stdout.split() == [used]
 
 
-@pytest.mark.parametrize("command", ["import", "fit", "tokenize", "evaluate", "recommend", "demo", "doctor"])
+COMMANDS = ["import", "fit", "tokenize", "evaluate", "inspect", "recommend", "demo", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     assert "Usage:" in succeed(command, "--help")
 
@@ -203,6 +207,55 @@ def test_recommend_prints_what_the_model_says(bbqrec_run, tiny_data):
         assert model.semantic_id(item) in line
 
 
+def test_inspect_shows_the_facts(bbqrec_run, tmp_path):
+    facts = collect(bbqrec_run, bbqrec_run.metrics)
+    page = bbqrec_run.folder / "report.html"
+    assert json.loads(succeed("inspect", bbqrec_run.folder, "--json")) == {
+        "run": str(bbqrec_run.folder),
+        "report": str(page),
+        "facts": json.loads(json.dumps(facts)),
+    }
+    text = succeed("inspect", bbqrec_run.folder)
+    assert f"Page: {page}" in text
+    for split in ("validation", "test"):
+        assert f"{facts['metrics'][split]['ndcg@10']:.4f}" in text
+        assert f"{facts['metrics']['most_popular'][split]['ndcg@10']:.4f}" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["1", str(facts["collisions"]["sizes"][0][1]), str(facts["collisions"]["sizes"][0][1])] in lines
+    for n, table in enumerate(facts["reweighting"]):
+        start = next(i for i, line in enumerate(lines) if line[-3:] == table["channel"].split())
+        for bucket, name in enumerate(table["buckets"]):
+            factors = bbqrec_run.model.tables[:, n, :, bucket].exp().flatten().tolist()
+            assert lines[start + 4 + bucket] == [*name.split(), *(f"×{factor:.2f}" for factor in factors)]
+    for example in facts["examples"]:
+        for row in example["history"]:
+            found = [*row["title"].split(), f"{row['attention']:.1%}", f"×{row['reweighting']:.2f}"]
+            assert [row["item"], *found] in lines
+        for row in example["recommended"]:
+            marks = ["held", "out"] if row["is_target"] else []
+            assert [str(row["rank"]), row["item"], *row["title"].split(), f"{row['score']:.3f}", *marks] in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"), [("sasrec_run", ["Codebooks", "semantic IDs", "reweighted"]), ("tiger_run", ["attention"])]
+)
+def test_inspect_leaves_out_what_does_not_apply(name, absent, request):
+    text = succeed("inspect", request.getfixturevalue(name).folder)
+    assert not [words for words in absent if words in text]
+    assert "Recommended; held out is" in text
+
+
+def test_inspect_writes_the_page_anew(sasrec_run, tmp_path):
+    run = shutil.copytree(sasrec_run.folder, tmp_path / "run")
+    written = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert f"No page yet: bbqrec inspect {run} --report {run / 'report.html'}" in succeed("inspect", run)
+    assert json.loads(succeed("inspect", run, "--json"))["report"] is None
+    assert f"Page: {tmp_path / 'a.html'}" in succeed("inspect", run, "--report", tmp_path / "a.html")
+    assert (tmp_path / "a.html").read_bytes() == written
+    assert not (run / "report.html").exists()
+
+
 def test_a_history_is_read_in_the_order_written(bbqrec_run, tiny_data):
     a, b, c = tiny_data.item_ids[:3]
     run = bbqrec_run.folder
@@ -248,6 +301,10 @@ def test_what_is_piped_is_neither_folded_nor_changed(capsys):
         (["recommend", "nowhere", "ITEM"], "holds no config.yaml"),
         (["evaluate", "RUN", "--split", "train"], "got 'train'"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
+        (["inspect", "RUN", "--data", "nowhere"], "nowhere"),
+        (["inspect", "nowhere"], "holds no config.yaml"),
+        (["inspect", "RUN", "--report", "nowhere/page.html"], "in a folder that does not exist; make nowhere first"),
+        (["inspect", "RUN", "--report", "RUN"], "is a folder, expected a file"),
         (["fit", "--data", "nowhere", "--out", "OUT"], "nowhere"),
         (["fit", "--data", "DATA", "--out", "OUT", "--model", "gru"], "'model_name': got 'gru'"),
         (["fit", "--data", "DATA", "--out", "OUT", "--set", "model.drpout=1"], "did you mean 'model.dropout'"),
@@ -284,6 +341,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, message, bbqrec_ru
         ("recommend", "model.safetensors", None, "model.safetensors: is missing"),
         ("evaluate", "run.json", b"{", "run.json: is damaged"),
         ("evaluate", "run.json", b"{}", "run.json: is damaged"),
+        ("inspect", "metrics.json", b"{}", "metrics.json: is damaged"),
+        ("inspect", "metrics.json", None, "is unfinished; run `bbqrec fit` on it again"),
+        ("inspect", "tokenizer.json", b"{}", "tokenizer.json: is damaged"),
+        ("inspect", "semantic_ids.parquet", b"PAR1", "semantic_ids.parquet: is damaged"),
         ("fit", "metrics.json", b"{}", "metrics.json: is damaged"),
         ("fit", "run.json", b"[]", "run.json: is damaged"),
     ],
@@ -296,6 +357,7 @@ def test_a_damaged_run_folder_is_one_sentence_naming_the_file(
     arguments = {
         "recommend": [run, tiny_data.item_ids[0]],
         "evaluate": [run],
+        "inspect": [run],
         "fit": ["--data", tiny_data.path, "--out", run, *options],
     }
     (run / name).unlink()

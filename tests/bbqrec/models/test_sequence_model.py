@@ -151,6 +151,35 @@ def copy_shared_weights(usual, switched):
     switched.load_state_dict({name: weights[name] for name in switched.state_dict()})
 
 
+@pytest.mark.parametrize("ids", ["both", None])
+@pytest.mark.parametrize("history", [HISTORIES[2], [4]], ids=["longer than heads are wide", "one item"])
+def test_attention_is_the_softmax_of_scores_and_tables(ids, history):
+    ranker = model(ids, relative_position=True)
+    batch = packed(history)
+    length = len(history)
+    first, last = ranker.transformer.blocks
+    vectors = ranker.item_vectors()[batch.items] + ranker.transformer.positions[:length]
+    hidden = first(vectors, batch, ranker._terms(batch)[0])
+    projected = last.attention.qkv(last.attention_norm(hidden)).view(length, 3, 2, 8)
+    query, keys = projected[-1, 0], projected[:, 1]
+    plain = torch.einsum("hd,thd->ht", query, keys) / 8**0.5
+
+    bias = torch.zeros(2, length)
+    for j, item in enumerate(history):
+        bias[:, j] += ranker.position_tables[1, 0, :, min((length - 1 - j).bit_length(), 4)]
+        for channel, (left, right) in enumerate(ranker.channels if ids else ()):
+            ours, theirs = ranker.codes[history[-1], left].tolist(), ranker.codes[item, right].tolist()
+            agree = 0
+            while agree < 3 and ours[agree] == theirs[agree] >= 0:
+                agree += 1
+            bias[:, j] += ranker.tables[1, channel, :, agree]
+
+    weights, without = ranker.attention(batch)
+    torch.testing.assert_close(weights, (plain + bias).softmax(1).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(without, plain.softmax(1).detach(), rtol=1e-4, atol=1e-6)
+    assert not last.attention.qkv._forward_hooks
+
+
 def test_dropout_is_for_training_only():
     ranker, batch = model(dropout=0.5), packed(HISTORIES[0])
     assert torch.equal(ranker.score(batch), ranker.score(batch))

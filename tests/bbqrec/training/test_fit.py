@@ -64,6 +64,7 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
         "metrics.json",
         "curves.png",
         "codebooks.png",
+        "report.html",
         "logs",
         "checkpoints",
     }

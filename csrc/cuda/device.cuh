@@ -65,6 +65,8 @@ BBQ_DEVICE Shared<T> shared_at(int byte) {
 }
 
 BBQ_DEVICE void sync_threads() { __syncthreads(); }
+// The same, and whether any thread says so.
+BBQ_DEVICE bool sync_threads_or(bool vote) { return __syncthreads_or(vote); }
 BBQ_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
@@ -87,13 +89,43 @@ BBQ_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BBQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 BBQ_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// Two floats rounded to float16, the first in the lower half of the word.
+// 2^x with a relative error of at most 2^-22; 0 for -infinity, NaN stays, results below 2^-126 are 0.
+BBQ_DEVICE float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Rounded to tf32, ties away from zero.
+BBQ_DEVICE uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// Two floats rounded to float16 or bfloat16, the first in the lower half of the word.
 BBQ_DEVICE uint32_t pack_half(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+BBQ_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 
 BBQ_DEVICE uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T v[2];
+};
+template <class T>
+BBQ_DEVICE Two<T> load2(const T* pointer) {
+  return *reinterpret_cast<const Two<T>*>(pointer);
+}
+template <class T>
+BBQ_DEVICE void store2(T* pointer, const Two<T>& value) {
+  *reinterpret_cast<Two<T>*>(pointer) = value;
+}
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T v[4];
@@ -133,6 +165,14 @@ BBQ_DEVICE void load_matrices(uint32_t (&words)[4], const uint16_t* row) {
                : "r"(address));
 }
 
+// The same, each matrix transposed.
+BBQ_DEVICE void load_matrices_across(uint32_t (&words)[4], const uint16_t* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
 BBQ_DEVICE Accumulator multiply_half(const Left& a, const Right& b, const Accumulator& c) {
   Accumulator d;
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -145,6 +185,17 @@ BBQ_DEVICE Accumulator multiply_half(const Left& a, const Right& b, const Accumu
 BBQ_DEVICE Accumulator multiply_bfloat16(const Left& a, const Right& b, const Accumulator& c) {
   Accumulator d;
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d.v[0]), "=f"(d.v[1]), "=f"(d.v[2]), "=f"(d.v[3])
+      : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]), "f"(c.v[0]), "f"(c.v[1]),
+        "f"(c.v[2]), "f"(c.v[3]));
+  return d;
+}
+
+// 16 by 8 elements of tf32 times 8 by 8.
+BBQ_DEVICE Accumulator multiply_tf32(const Left& a, const Right& b, const Accumulator& c) {
+  Accumulator d;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %11, %12, %13};"
       : "=f"(d.v[0]), "=f"(d.v[1]), "=f"(d.v[2]), "=f"(d.v[3])
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]), "f"(c.v[0]), "f"(c.v[1]),
@@ -187,6 +238,9 @@ Shared<T> shared_at(int byte) {
 }
 
 inline void sync_threads(simt::Location at = simt::Location::current()) { simt::sync_threads(at); }
+inline bool sync_threads_or(bool vote, simt::Location at = simt::Location::current()) {
+  return simt::sync_threads_or(vote, at);
+}
 inline void sync_warp(simt::Location at = simt::Location::current()) { simt::sync_warp(simt::kAllLanes, at); }
 
 template <class T>
@@ -210,13 +264,39 @@ inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
+// As wrong as the GPU's may be, up or down by the last bit of the argument; exact for integers, as the GPU's is.
+inline float exp2(float x) {
+  const double exact = std::exp2(double{x});
+  if (exact < 0x1p-126) return 0.0f;
+  const double error = x == std::floor(x) ? 0.0 : float_bits(x) & 1 ? 0.0 : -0.0;
+  return static_cast<float>(exact * (1 + error));
+}
+
+inline uint32_t to_tf32(float value) { return float_bits(value != value ? quiet_nan() : round_to_tf32(value)); }
+
 inline uint32_t pack_half(float low, float high) {
   return from_float<Half>(low).bits | uint32_t{from_float<Half>(high).bits} << 16;
+}
+inline uint32_t pack_bfloat16(float low, float high) {
+  return from_float<BFloat16>(low).bits | uint32_t{from_float<BFloat16>(high).bits} << 16;
 }
 
 template <class T>
 uintptr_t address_of(simt::Pointer<T> pointer) {
   return pointer.address();
+}
+template <class T>
+struct Two {
+  T v[2];
+};
+template <class T>
+Two<std::remove_const_t<T>> load2(simt::Pointer<T> pointer) {
+  using Value = std::remove_const_t<T>;
+  return pointer.template as<const Two<Value>>().read(2 * sizeof(T));
+}
+template <class T>
+void store2(simt::Pointer<T> pointer, const Two<T>& value) {
+  pointer.template as<Two<T>>().write(value, 2 * sizeof(T));
 }
 template <class T>
 struct Four {
@@ -256,6 +336,12 @@ inline void load_matrices(uint32_t (&words)[4], Shared<const uint16_t> row,
   for (int i = 0; i < 4; ++i) words[i] = loaded[i];
 }
 
+inline void load_matrices_across(uint32_t (&words)[4], Shared<const uint16_t> row,
+                                 simt::Location at = simt::Location::current()) {
+  const auto loaded = simt::load_matrices_across(row, at);
+  for (int i = 0; i < 4; ++i) words[i] = loaded[i];
+}
+
 inline Accumulator multiply_tiles(simt::Tile kind, const Left& a, const Right& b, const Accumulator& c,
                                   simt::Location at) {
   return std::bit_cast<Accumulator>(simt::multiply_tiles(kind, std::bit_cast<std::array<uint32_t, 4>>(a),
@@ -269,6 +355,10 @@ inline Accumulator multiply_half(const Left& a, const Right& b, const Accumulato
 inline Accumulator multiply_bfloat16(const Left& a, const Right& b, const Accumulator& c,
                                      simt::Location at = simt::Location::current()) {
   return multiply_tiles(simt::Tile::kBFloat16, a, b, c, at);
+}
+inline Accumulator multiply_tf32(const Left& a, const Right& b, const Accumulator& c,
+                                 simt::Location at = simt::Location::current()) {
+  return multiply_tiles(simt::Tile::kTf32, a, b, c, at);
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 namespace bbq {
 void bind_residual_quantization(pybind11::module_& m);
 void bind_selftest(pybind11::module_& m);
+void bind_similarity_attention(pybind11::module_& m);
 
 namespace simt {
 Limits& limits() {
@@ -28,4 +29,5 @@ PYBIND11_MODULE(_simt, m) {
   m.def("set_limits", [](int processors, int shared_per_block) { simt::limits() = {processors, shared_per_block}; });
   bbq::bind_residual_quantization(m);
   bbq::bind_selftest(m);
+  bbq::bind_similarity_attention(m);
 }

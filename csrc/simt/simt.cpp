@@ -63,6 +63,7 @@ struct Block {
   std::vector<Warp> warps;
   uint32_t time = 0;  // block barriers passed
   int waiting = 0;
+  bool vote = false, voted = false;  // of those that wait at the barrier; what the last barrier found
   Location barrier;
   std::exception_ptr failure;
 };
@@ -192,6 +193,8 @@ void finish_barrier() {
   ++block->time;
   for (Warp& warp : block->warps) ++warp.time;
   block->waiting = 0;
+  block->voted = block->vote;
+  block->vote = false;
   for (Thread& thread : block->threads) {
     if (thread.state == State::kAtBarrier) thread.state = State::kReady;
   }
@@ -310,6 +313,7 @@ void launch(const char* kernel, const Launch& config, const std::function<void()
         state.warps = std::vector<Warp>((config.threads + kWarpLanes - 1) / kWarpLanes);
         state.time = 1;
         state.waiting = 0;
+        state.vote = state.voted = false;
         for (int i = 0; i < config.threads; ++i) {
           state.threads[i].index = i;
           start(state.threads[i]);
@@ -340,6 +344,12 @@ void sync_threads(Location location) {
   } else {
     to_scheduler();
   }
+}
+
+bool sync_threads_or(bool vote, Location location) {
+  block->vote = block->vote || vote;
+  sync_threads(location);
+  return block->voted;  // no barrier can end before this thread comes to it
 }
 
 Slot exchange(const char* name, uint32_t mask, const Slot& operand, const std::function<void(Slots&)>& finish,
@@ -449,6 +459,25 @@ std::array<uint32_t, 4> load_matrices(Pointer<const uint16_t> row, Location loca
             act_as_lane(8 * matrix + r);
             const auto words = rows[8 * matrix + r].template as<const std::array<uint32_t, 4>>().read(16);
             for (int pair = 0; pair < 4; ++pair) results[4 * r + pair][matrix] = words[pair];
+          }
+        }
+      },
+      location);
+}
+
+std::array<uint32_t, 4> load_matrices_across(Pointer<const uint16_t> row, Location location) {
+  return warp_operation<Pointer<const uint16_t>, std::array<uint32_t, 4>>(
+      "a transposed matrix load", kAllLanes, row,
+      [](const auto& rows, auto& results) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          std::array<std::array<uint16_t, 8>, 8> elements;
+          for (int r = 0; r < 8; ++r) {
+            act_as_lane(8 * matrix + r);
+            elements[r] = rows[8 * matrix + r].template as<const std::array<uint16_t, 8>>().read(16);
+          }
+          for (int lane = 0; lane < kWarpLanes; ++lane) {
+            const int column = lane / 4, first = 2 * (lane % 4);
+            results[lane][matrix] = elements[first][column] | uint32_t{elements[first + 1][column]} << 16;
           }
         }
       },

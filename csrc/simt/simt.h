@@ -146,6 +146,7 @@ Pointer<std::byte> shared_memory();
 [[noreturn]] void fault(const std::string& what);
 
 void sync_threads(Location location);
+bool sync_threads_or(bool vote, Location location);
 
 // Operands and results of one warp operation, lane by lane.
 using Slot = std::array<std::byte, 64>;
@@ -211,6 +212,8 @@ void async_wait(int groups_still_in_flight);
 
 // Four 8x8 matrices of 16-bit elements; the rows of matrix m are named by lanes 8m to 8m + 7.
 std::array<uint32_t, 4> load_matrices(Pointer<const uint16_t> row, Location location);
+// The same, each matrix transposed.
+std::array<uint32_t, 4> load_matrices_across(Pointer<const uint16_t> row, Location location);
 
 enum class Tile { kHalf, kBFloat16, kTf32 };
 

@@ -1,0 +1,1602 @@
+// Similarity-reweighted attention on the GPU: kernel bodies, and the sequence in which they run. Free of torch.
+//
+// A block owns some tokens of one sequence and head, 16 or 32 of them a warp, and walks over the tokens of the other
+// side in tiles, which come by asynchronous copies, one tile ahead. A product of two tiles is made of m16n8k16 products
+// whose left side is the warp's own: what it weighs stays in its registers from the product of the scores to the
+// product with the values, and no two warps ever add to the same element.
+//
+//   AttentionForward   own: queries   output and logsumexp, with a softmax that is corrected tile by tile
+//   AttentionQueries   own: queries   what the backward needs to know of each row, and gradients of queries
+//   AttentionKeys      own: keys      gradients of keys, of values, and of the tables: one partial sum a block
+//   AddTableGradients                 adds up the partial sums of the tables, in order
+//
+// So every sum has one owner and one order, there are no atomics, and results have the same bits on every run. A short
+// sequence is one block of as many warps as it has rows for: its tensors are read once. Weights are computed twice in
+// the backward; that costs 7 products of tiles instead of 5, where a block that held both gradients would need atomics.
+//
+// The bucket of a pair is computed where its score is, from one word of either token; the tables lie in shared memory.
+// Vectors and codes that are not packed are compared by all threads of the block, one byte a pair in shared memory.
+//
+// float32 is multiplied as three products of tf32: a = high + low, ab = high·high + high·low + low·high. Partial sums
+// of 16 products are added in float32, because a tensor core rounds its sums towards zero. Scores, softmax, gradients
+// of scores and all sums are float32 for every dtype; weights and gradients of scores are rounded to the dtype of the
+// query where they enter a product. An infinite float32 may become NaN (its low part is), NaN never anything else.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "cuda/device.cuh"
+
+namespace bbq::attention {
+
+using gpu::Accumulator;
+using gpu::Global;
+using gpu::Shared;
+
+constexpr int kMaxChannels = 8, kMaxLevels = 16, kMaxBuckets = 64;
+constexpr int kTableSlots = kMaxBuckets + 4;  // of a table in shared memory: a NaN for a similarity of NaN behind it
+constexpr float kLog2E = 0x1.715476p0f;
+constexpr double kLn2 = 0.6931471805599453;
+
+BBQ_DEVICE int least(int a, int b) { return a < b ? a : b; }
+BBQ_DEVICE int most(int a, int b) { return a > b ? a : b; }
+BBQ_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// ---- The problem ----
+
+// How the buckets of a channel are found.
+enum class Form {
+  kNarrowWords,  // packed codes of up to 32 bits
+  kWords,
+  kPositions,
+  kTile,  // vectors, and codes that are not packed: by the whole block
+};
+
+// One channel of one term: what is compared, and the table of each head.
+struct Channel {
+  Kind kind;
+  Form form;
+  int buckets, bits;                 // bits: of a level in a packed word
+  int64_t width;                     // of what is compared, in elements
+  int64_t stride;                    // from token to token, in elements
+  Global<const int64_t> query, key;  // codes, words or positions of the first token
+  Global<const float> query_vectors, key_vectors, boundaries;
+  Global<const float> tables;  // of the first head; heads are `buckets` apart
+  int64_t gradient;            // where the gradient of the first head's table is, among those of all tables
+  int entry;                   // where the table is, among the tables of one head
+  int tile;                    // kTile: which of the block's tiles of buckets is this channel's
+};
+
+// Sequences padded to one length, or packed one after the other if `starts` is given.
+struct Layout {
+  Global<const int32_t> starts;                      // (count + 1)
+  Global<const int64_t> query_lengths, key_lengths;  // (count), each may be missing
+  int64_t count, tokens;                             // tokens: of the packed form
+  int rows, columns;                                 // of a padded sequence; at most, of a packed one
+};
+
+struct Problem {
+  Layout layout;
+  int heads, width;
+  float scale;
+  bool is_causal;
+  int channel_count, tile_count, entries;  // entries: of the tables of one head
+  Channel channels[kMaxChannels];
+};
+
+// Rows of a tensor (batch, head, token, width) whose last dimension is dense. Strides are in elements.
+template <class T>
+struct HeadRows {
+  Global<T> data;
+  int64_t batch, head, token;
+  bool aligned;  // pieces of 16 bytes of every row are
+
+  BBQ_DEVICE Global<T> at(int64_t b, int64_t h, int64_t t) const { return data + (b * batch + h * head + t * token); }
+};
+
+// One sequence. Tokens past the lengths are in `all_*` only.
+struct Sequence {
+  int64_t batch, query_start, key_start;  // where it is in the tensors of heads
+  int64_t query_token, key_token;         // and in those of channels
+  int rows, columns, all_rows, all_columns;
+  int shift;            // causal: key j is seen by query i if j <= i + shift
+  int64_t beyond_rows;  // tokens of a packed sequence that is longer than it was said to be
+};
+
+BBQ_DEVICE Sequence sequence_at(const Layout& l, int64_t b) {
+  Sequence s;
+  s.beyond_rows = 0;
+  if (l.starts) {
+    const int64_t start = clamp(l.starts[b], 0, l.tokens), end = clamp(l.starts[b + 1], start, l.tokens);
+    const int64_t length = clamp(end - start, 0, l.rows);
+    s.batch = 0;
+    s.query_start = s.key_start = s.query_token = s.key_token = start;
+    s.rows = s.columns = s.all_rows = s.all_columns = static_cast<int>(length);
+    s.shift = 0;
+    s.beyond_rows = end - start - length;
+  } else {
+    s.batch = b;
+    s.query_start = s.key_start = 0;
+    s.query_token = b * l.rows;
+    s.key_token = b * l.columns;
+    s.all_rows = s.rows = l.rows;
+    s.all_columns = s.columns = l.columns;
+    s.shift = l.columns - l.rows;
+    if (l.query_lengths) s.rows = static_cast<int>(clamp(l.query_lengths[b], 0, l.rows));
+    if (l.key_lengths) s.columns = static_cast<int>(clamp(l.key_lengths[b], 0, l.columns));
+  }
+  return s;
+}
+
+// How many keys row i sees: the first ones.
+BBQ_DEVICE int seen_by(const Problem& p, const Sequence& s, int i) {
+  return p.is_causal ? static_cast<int>(clamp(int64_t{i} + s.shift + 1, 0, s.columns)) : s.columns;
+}
+
+// Where the logsumexp and the statistics of row i are: as the rows of a dense query.
+BBQ_DEVICE int64_t row_index(const Problem& p, const Sequence& s, int64_t head, int64_t i) {
+  return p.layout.starts ? (s.query_start + i) * p.heads + head : (s.batch * p.heads + head) * p.layout.rows + i;
+}
+
+// What a block owns: tokens from `first` on. Blocks of the last tokens come first: causal rows there have most to do.
+struct Place {
+  int64_t sequence, tile;
+  int head, first;
+};
+
+BBQ_DEVICE Place place_of(const Problem& p, int64_t block, int64_t tiles, int tile_tokens) {
+  Place place;
+  place.tile = tiles - 1 - block % tiles;
+  place.head = static_cast<int>(block / tiles % p.heads);
+  place.sequence = block / tiles / p.heads;
+  place.first = static_cast<int>(place.tile * tile_tokens);
+  return place;
+}
+
+// ---- Tiles in shared memory ----
+
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements of an asynchronous copy
+
+// Rows of up to kWidth elements, zeros behind the real ones. Rows are apart so that no product meets a bank twice.
+template <class T, int kWidth>
+struct Rows {
+  static constexpr int kStride = kWidth + kPiece<T>;
+  static constexpr int kPieces = kWidth / kPiece<T>;
+
+  // Starts the copies of `count` rows, zeros up to `rows`. Pieces that are not aligned are copied at once.
+  static BBQ_DEVICE void copy(Shared<T> tile, const HeadRows<const T>& source, Global<const T> first, int width,
+                              int count, int rows) {
+    for (int i = gpu::thread_index(); i < rows * kPieces; i += gpu::block_threads()) {
+      const int row = i / kPieces, d = (i % kPieces) * kPiece<T>;
+      const int valid = row < count ? most(0, least(kPiece<T>, width - d)) : 0;
+      const Shared<T> target = tile + row * kStride + d;
+      if (valid == 0 || source.aligned) {
+        gpu::async_copy16(target, valid ? first + row * source.token + d : first, valid * static_cast<int>(sizeof(T)));
+      } else {
+        for (int e = 0; e < kPiece<T>; ++e) target[e] = e < valid ? T(first[row * source.token + d + e]) : T{};
+      }
+    }
+  }
+
+  // Whether the pieces that this thread copied hold NaN or infinity.
+  static BBQ_DEVICE bool is_spoiled(Shared<const T> tile, int rows) {
+    uint32_t spoiled = 0;
+    for (int i = gpu::thread_index(); i < rows * kPieces; i += gpu::block_threads()) {
+      const gpu::Four<uint32_t> words =
+          gpu::load4(gpu::cast<const uint32_t>(tile + (i / kPieces) * kStride + (i % kPieces) * kPiece<T>));
+      BBQ_UNROLL
+      for (int w = 0; w < 4; ++w) spoiled |= has_no_number(words.v[w]);
+    }
+    return spoiled != 0;
+  }
+
+  // Writes kColumns columns of `count` rows of a warp; `width` of them exist.
+  template <int kColumns = kWidth>
+  static BBQ_DEVICE void store(Shared<const T> tile, const HeadRows<T>& target, Global<T> first, int width, int count) {
+    constexpr int kColumnPieces = kColumns / kPiece<T>;
+    for (int i = gpu::lane_index(); i < count * kColumnPieces; i += gpu::kLanes) {
+      const int row = i / kColumnPieces, d = (i % kColumnPieces) * kPiece<T>;
+      const Shared<const T> source = tile + row * kStride + d;
+      const Global<T> to = first + row * target.token + d;
+      if (target.aligned && d + kPiece<T> <= width) {
+        gpu::store4(gpu::cast<uint32_t>(to), gpu::load4(gpu::cast<const uint32_t>(source)));
+      } else {
+        for (int e = 0; e < kPiece<T> && d + e < width; ++e) to[e] = T(source[e]);
+      }
+    }
+  }
+
+ private:
+  static BBQ_DEVICE uint32_t has_no_number(uint32_t word);  // exponents of all ones
+};
+
+template <class T>
+constexpr uint32_t kExponent = 0;
+template <>
+inline constexpr uint32_t kExponent<float> = 0x7f800000;
+template <>
+inline constexpr uint32_t kExponent<BFloat16> = 0x7f80;
+template <>
+inline constexpr uint32_t kExponent<Half> = 0x7c00;
+
+template <class T, int kWidth>
+BBQ_DEVICE uint32_t Rows<T, kWidth>::has_no_number(uint32_t word) {
+  constexpr uint32_t e = kExponent<T>;
+  return sizeof(T) == 4 ? (word & e) == e : (word & e) == e || (word >> 16 & e) == e;
+}
+
+// Zeros in the tokens of a packed tensor that no sequence covers. Blocks behind those of the sequences do it.
+constexpr int kTokensToClear = 1024;
+template <class T>
+BBQ_DEVICE void clear_token(const HeadRows<T>& rows, int64_t head, int64_t token, int width) {
+  if (!rows.data) return;
+  for (int d = gpu::lane_index(); d < width; d += gpu::kLanes) rows.at(0, head, token)[d] = T{};
+}
+template <class F>
+BBQ_DEVICE void for_uncovered_tokens(const Problem& p, int64_t block, const F& f) {
+  const Layout& l = p.layout;
+  const int head = static_cast<int>(block % p.heads);
+  const int64_t first = block / p.heads * kTokensToClear;
+  const int64_t begin = clamp(l.starts[0], 0, l.tokens), end = clamp(l.starts[l.count], begin, l.tokens);
+  const int warps = gpu::block_threads() / gpu::kLanes;
+  for (int64_t t = first + gpu::warp_index(); t < first + kTokensToClear && t < l.tokens; t += warps) {
+    if (t < begin || t >= end) f(head, t);
+  }
+}
+// The same for what is behind the last tile of a sequence that is longer than it was said to be.
+template <class F>
+BBQ_DEVICE void for_tokens_beyond(const Sequence& s, const F& f) {
+  const int warps = gpu::block_threads() / gpu::kLanes;
+  for (int64_t t = gpu::warp_index(); t < s.beyond_rows; t += warps) f(s.query_start + s.all_rows + t);
+}
+
+// ---- Products of tiles ----
+
+// What m16n8k16 multiplies. Lane 4g + t holds rows g and g + 8 and columns 2t and 2t + 1 of a product.
+template <class T>
+struct Operands {
+  using Left = gpu::Left;
+  using Right = gpu::Right;
+  using Half16 = const uint16_t;
+
+  // 16 rows from `tile` on, by 16 columns.
+  static BBQ_DEVICE Left left(Shared<const T> tile, int stride) {
+    const int lane = gpu::lane_index();
+    Left result;
+    gpu::load_matrices(result.v, gpu::cast<Half16>(tile + (lane % 16) * stride + (lane / 16) * 8));
+    return result;
+  }
+  // The same of what a product left in registers.
+  static BBQ_DEVICE Left left(const Accumulator& first, const Accumulator& second) {
+    return {{pack(first.v[0], first.v[1]), pack(first.v[2], first.v[3]), pack(second.v[0], second.v[1]),
+             pack(second.v[2], second.v[3])}};
+  }
+  // 16 columns of a product are 16 rows of the tile, the 16 steps of its sum their elements.
+  static BBQ_DEVICE void right(Shared<const T> tile, int stride, Right (&result)[2]) {
+    const int lane = gpu::lane_index();
+    uint32_t words[4];
+    gpu::load_matrices(words, gpu::cast<Half16>(tile + (lane / 16 * 8 + lane % 8) * stride + (lane / 8 % 2) * 8));
+    result[0] = {{words[0], words[1]}};
+    result[1] = {{words[2], words[3]}};
+  }
+  // The steps of the sum are 16 rows of the tile.
+  static BBQ_DEVICE void right_across(Shared<const T> tile, int stride, Right (&result)[2]) {
+    const int lane = gpu::lane_index();
+    uint32_t words[4];
+    gpu::load_matrices_across(words, gpu::cast<Half16>(tile + (lane % 16) * stride + (lane / 16) * 8));
+    result[0] = {{words[0], words[1]}};
+    result[1] = {{words[2], words[3]}};
+  }
+  // What `right_across` gave, with zeros in the steps that are not wanted.
+  template <class F>
+  static BBQ_DEVICE Right keep(const Right& right, const F& is_wanted) {
+    const int first = 2 * (gpu::lane_index() % 4);
+    Right result;
+    BBQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t mask =
+          (is_wanted(first + 8 * i) ? 0xffffu : 0u) | (is_wanted(first + 8 * i + 1) ? 0xffff0000u : 0u);
+      result.v[i] = right.v[i] & mask;
+    }
+    return result;
+  }
+  static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, const Accumulator& c);
+
+ private:
+  static BBQ_DEVICE uint32_t pack(float low, float high);
+};
+
+template <>
+BBQ_DEVICE uint32_t Operands<Half>::pack(float low, float high) {
+  return gpu::pack_half(low, high);
+}
+template <>
+BBQ_DEVICE uint32_t Operands<BFloat16>::pack(float low, float high) {
+  return gpu::pack_bfloat16(low, high);
+}
+template <>
+BBQ_DEVICE Accumulator Operands<Half>::multiply(const Left& a, const Right& b, const Accumulator& c) {
+  return gpu::multiply_half(a, b, c);
+}
+template <>
+BBQ_DEVICE Accumulator Operands<BFloat16>::multiply(const Left& a, const Right& b, const Accumulator& c) {
+  return gpu::multiply_bfloat16(a, b, c);
+}
+
+// Two times m16n8k8, each of three products. Steps of a sum that come from registers are in the order of a product's
+// columns (2t, 2t + 1), so `right_across` names the rows in that order.
+template <>
+struct Operands<float> {
+  struct Left {
+    uint32_t high[8], low[8];
+  };
+  struct Right {
+    uint32_t high[4], low[4];
+  };
+
+  static BBQ_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
+    high = gpu::to_tf32(value);
+    low = gpu::to_tf32(gpu::add(value, -gpu::bits_float(high)));
+  }
+  static BBQ_DEVICE Left left(Shared<const float> tile, int stride) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    Left result;
+    BBQ_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      split(tile[(g + 8 * (i % 2)) * stride + 8 * (i / 4) + t + 4 * (i / 2 % 2)], result.high[i], result.low[i]);
+    }
+    return result;
+  }
+  static BBQ_DEVICE Left left(const Accumulator& first, const Accumulator& second) {
+    Left result;
+    BBQ_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const Accumulator& from = i < 4 ? first : second;
+      split(from.v[i / 2 % 2 + 2 * (i % 2)], result.high[i], result.low[i]);
+    }
+    return result;
+  }
+  static BBQ_DEVICE void right(Shared<const float> tile, int stride, Right (&result)[2]) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    BBQ_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      BBQ_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        split(tile[(8 * u + g) * stride + t + 4 * i], result[u].high[i], result[u].low[i]);
+      }
+    }
+  }
+  static BBQ_DEVICE void right_across(Shared<const float> tile, int stride, Right (&result)[2]) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    BBQ_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      BBQ_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        split(tile[(8 * (i / 2) + 2 * t + i % 2) * stride + 8 * u + g], result[u].high[i], result[u].low[i]);
+      }
+    }
+  }
+  template <class F>
+  static BBQ_DEVICE Right keep(const Right& right, const F& is_wanted) {
+    const int t = gpu::lane_index() % 4;
+    Right result;
+    BBQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const bool wanted = is_wanted(8 * (i / 2) + 2 * t + i % 2);
+      result.high[i] = wanted ? right.high[i] : 0;
+      result.low[i] = wanted ? right.low[i] : 0;
+    }
+    return result;
+  }
+  static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, Accumulator sum) {
+    const auto half_of = [](const uint32_t (&words)[8], int h) {
+      return gpu::Left{{words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]}};
+    };
+    Accumulator part{};
+    BBQ_UNROLL
+    for (int h = 0; h < 2; ++h) {  // small products first: what is rounded with them is small
+      part = gpu::multiply_tf32(half_of(a.low, h), {{b.high[2 * h], b.high[2 * h + 1]}}, part);
+      part = gpu::multiply_tf32(half_of(a.high, h), {{b.low[2 * h], b.low[2 * h + 1]}}, part);
+    }
+    BBQ_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      part = gpu::multiply_tf32(half_of(a.high, h), {{b.high[2 * h], b.high[2 * h + 1]}}, part);
+    }
+    BBQ_UNROLL
+    for (int i = 0; i < 4; ++i) sum.v[i] = gpu::add(sum.v[i], part.v[i]);
+    return sum;
+  }
+};
+
+// Products of a warp's kSlabs times 16 rows.
+template <class T, int kWidth, int kSlabs>
+struct Products {
+  using Ops = Operands<T>;
+  static constexpr int kStride = Rows<T, kWidth>::kStride;
+
+  // sums = left · rightᵀ, over the width
+  template <int kGroups>
+  static BBQ_DEVICE void multiply(Shared<const T> left, Shared<const T> right, Accumulator (&sums)[kSlabs][kGroups]) {
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int n = 0; n < kGroups; ++n) sums[m][n] = {};
+    }
+    BBQ_UNROLL_BY(4)
+    for (int k = 0; k < kWidth; k += 16) {
+      typename Ops::Left a[kSlabs];
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) a[m] = Ops::left(left + 16 * m * kStride + k, kStride);
+      BBQ_UNROLL
+      for (int n = 0; n < kGroups; n += 2) {
+        typename Ops::Right b[2];
+        Ops::right(right + 8 * n * kStride + k, kStride, b);
+        BBQ_UNROLL
+        for (int m = 0; m < kSlabs; ++m) {
+          BBQ_UNROLL
+          for (int u = 0; u < 2; ++u) sums[m][n + u] = Ops::multiply(a[m], b[u], sums[m][n + u]);
+        }
+      }
+    }
+  }
+
+  // sums += left · right, over the rows of right
+  template <int kGroups, int kColumnGroups>
+  static BBQ_DEVICE void add(const Accumulator (&left)[kSlabs][kGroups], Shared<const T> right,
+                             Accumulator (&sums)[kSlabs][kColumnGroups]) {
+    BBQ_UNROLL
+    for (int k = 0; k < kGroups; k += 2) {
+      typename Ops::Left a[kSlabs];
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) a[m] = Ops::left(left[m][k], left[m][k + 1]);
+      BBQ_UNROLL
+      for (int n = 0; n < kColumnGroups; n += 2) {
+        typename Ops::Right b[2];
+        Ops::right_across(right + 8 * k * kStride + 8 * n, kStride, b);
+        BBQ_UNROLL
+        for (int m = 0; m < kSlabs; ++m) {
+          BBQ_UNROLL
+          for (int u = 0; u < 2; ++u) sums[m][n + u] = Ops::multiply(a[m], b[u], sums[m][n + u]);
+        }
+      }
+    }
+  }
+
+  // The same where a zero on the left does not keep what is on the right out, because that is NaN or infinity: one row
+  // after the other, with zeros in place of what the row does not see. sees(slab, row, step) speaks of this lane's.
+  template <int kGroups, int kColumnGroups, class F>
+  static BBQ_DEVICE void add_row_by_row(const Accumulator (&left)[kSlabs][kGroups], Shared<const T> right,
+                                        Accumulator (&sums)[kSlabs][kColumnGroups], const F& sees) {
+    const int g = gpu::lane_index() / 4;
+    BBQ_UNROLL_BY(1)
+    for (int row = 0; row < 16; ++row) {
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int n = 0; n < kColumnGroups; n += 2) {
+          Accumulator part[2] = {};
+          BBQ_UNROLL
+          for (int k = 0; k < kGroups; k += 2) {
+            typename Ops::Right b[2];
+            Ops::right_across(right + 8 * k * kStride + 8 * n, kStride, b);
+            const typename Ops::Left a = Ops::left(left[m][k], left[m][k + 1]);
+            BBQ_UNROLL
+            for (int u = 0; u < 2; ++u) {
+              part[u] =
+                  Ops::multiply(a, Ops::keep(b[u], [&](int step) { return sees(m, row, 8 * k + step); }), part[u]);
+            }
+          }
+          BBQ_UNROLL
+          for (int u = 0; u < 2; ++u) {
+            BBQ_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              if (g + 8 * (i / 2) == row) sums[m][n + u].v[i] = gpu::add(sums[m][n + u].v[i], part[u].v[i]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // factor · sums into a tile, from where `Rows::store` takes them. is_kept(slab, half): whether a row is not zeros.
+  template <int kColumnGroups, class F>
+  static BBQ_DEVICE void put(const Accumulator (&sums)[kSlabs][kColumnGroups], Shared<T> tile, const F& factor_of) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float factor = factor_of(m, half);  // 0 is a row of zeros, whatever the sums are
+        BBQ_UNROLL
+        for (int n = 0; n < kColumnGroups; ++n) {
+          gpu::Two<T> pair;
+          BBQ_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            pair.v[i] = from_float<T>(factor == 0 ? 0.0f : sums[m][n].v[2 * half + i] * factor);
+          }
+          gpu::store2(tile + (16 * m + 8 * half + g) * kStride + 8 * n + 2 * t, pair);
+        }
+      }
+    }
+  }
+};
+
+// ---- Buckets ----
+
+// Terms of one head in shared memory, with the words of `own_rows` tokens of the block's own side and of two tiles of
+// kOthers of the other side.
+template <int kSlabs, int kOthers>
+struct Terms {
+  static constexpr int kGroups = kOthers / 8;
+
+  struct Plan {
+    int own_rows, tables, masks, own_words, other_words, tiles, bytes;
+    BBQ_HOST_DEVICE Plan(int begin, int rows, int channels, int tile_channels) {
+      own_rows = rows;
+      masks = begin;
+      own_words = masks + channels * kMaxLevels * 8;
+      other_words = own_words + channels * own_rows * 8;
+      tables = other_words + 2 * channels * kOthers * 8;
+      tiles = tables + channels * kTableSlots * 4;
+      bytes = tiles + tile_channels * own_rows * kOthers;
+    }
+  };
+
+  const Problem& p;
+  Plan plan;
+  bool own_is_query;
+
+  BBQ_DEVICE Shared<float> table(int c) const { return gpu::shared_at<float>(plan.tables) + c * kTableSlots; }
+  BBQ_DEVICE Shared<uint64_t> masks(int c) const { return gpu::shared_at<uint64_t>(plan.masks) + c * kMaxLevels; }
+  BBQ_DEVICE Shared<uint64_t> own_words(int c) const {
+    return gpu::shared_at<uint64_t>(plan.own_words) + c * plan.own_rows;
+  }
+  BBQ_DEVICE Shared<uint64_t> other_words(int c, int stage) const {
+    return gpu::shared_at<uint64_t>(plan.other_words) + (stage * p.channel_count + c) * kOthers;
+  }
+  BBQ_DEVICE Shared<uint8_t> tile(int c) const {
+    return gpu::shared_at<uint8_t>(plan.tiles) + p.channels[c].tile * plan.own_rows * kOthers;
+  }
+
+  // Tables and masks; a barrier has to follow. A level of packed codes agrees, and with it all before for a prefix, if
+  // no bit of its mask differs: a bucket is a number of levels.
+  BBQ_DEVICE void load_tables(int head) const {
+    for (int i = gpu::thread_index(); i < p.channel_count * kTableSlots; i += gpu::block_threads()) {
+      const int c = i / kTableSlots, b = i % kTableSlots;
+      const Channel& channel = p.channels[c];
+      table(c)[b] = b < channel.buckets ? float(channel.tables[int64_t{head} * channel.buckets + b]) : gpu::quiet_nan();
+    }
+    for (int i = gpu::thread_index(); i < p.channel_count * kMaxLevels; i += gpu::block_threads()) {
+      const Channel& channel = p.channels[i / kMaxLevels];
+      const int l = i % kMaxLevels;
+      if (channel.form != Form::kNarrowWords && channel.form != Form::kWords) continue;
+      const uint64_t all = ~uint64_t{0};
+      const uint64_t field = channel.bits >= 64 ? all : (uint64_t{1} << channel.bits) - 1;
+      uint64_t mask = 0;  // levels that do not exist are never asked for
+      if (l < channel.buckets - 1) {
+        const int end = (l + 1) * channel.bits;
+        mask = channel.kind == Kind::kMatches ? field << (l * channel.bits)
+               : end >= 64                    ? all
+                                              : (uint64_t{1} << end) - 1;
+      }
+      masks(i / kMaxLevels)[l] = mask;
+    }
+  }
+
+  // Starts the copies of the words of `count` tokens, zeros up to `rows`.
+  BBQ_DEVICE void copy_own(int64_t token, int count) const {
+    copy(own_is_query, token, count, plan.own_rows, [&](int c) { return own_words(c); });
+  }
+  BBQ_DEVICE void copy_others(int64_t token, int count, int stage) const {
+    copy(!own_is_query, token, count, kOthers, [&](int c) { return other_words(c, stage); });
+  }
+
+  // Buckets of a tile in the channels that need all threads of the block, which are there when this returns.
+  BBQ_DEVICE void fill_tiles(int64_t own_token, int own_count, int64_t other_token, int other_count) const {
+    if (p.tile_count == 0) return;
+    gpu::sync_threads();  // nobody reads the buckets of the last tile any more
+    for (int c = 0; c < p.channel_count; ++c) {
+      if (p.channels[c].form == Form::kTile) fill_tile(c, own_token, own_count, other_token, other_count);
+    }
+    gpu::sync_threads();
+  }
+
+  // f(slab, group, i, bucket) for every score in the registers of this lane. `warp_row`: the warp's first own row.
+  template <class F>
+  BBQ_DEVICE void for_buckets(int c, int stage, int warp_row, const F& f) const {
+    const Channel& channel = p.channels[c];
+    const int levels = channel.buckets - 1;
+    if (channel.form == Form::kNarrowWords) {
+      const Shared<const uint32_t> own = gpu::cast<const uint32_t>(own_words(c)) + warp_row;
+      const Shared<const uint32_t> other = gpu::cast<const uint32_t>(other_words(c, stage));
+      if (levels == 3) {
+        count_levels<3>(c, levels, own, other, f);
+      } else if (levels == 4) {
+        count_levels<4>(c, levels, own, other, f);
+      } else {
+        count_levels<0>(c, levels, own, other, f);
+      }
+    } else if (channel.form == Form::kWords) {
+      count_levels<0>(c, levels, Shared<const uint64_t>(own_words(c)) + warp_row,
+                      Shared<const uint64_t>(other_words(c, stage)), f);
+    } else if (channel.form == Form::kPositions) {
+      for_pairs(Shared<const int64_t>(gpu::cast<const int64_t>(own_words(c))) + warp_row,
+                Shared<const int64_t>(gpu::cast<const int64_t>(other_words(c, stage))),
+                [&](int m, int n, int i, int64_t a, int64_t b) {
+                  f(m, n, i, static_cast<int>(gap_bucket(a, b, channel.buckets)));
+                });
+    } else {
+      const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+      const Shared<const uint8_t> mine = Shared<const uint8_t>(tile(c)) + (warp_row + g) * kOthers + 2 * t;
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int n = 0; n < kGroups; ++n) {
+          BBQ_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const gpu::Two<uint8_t> pair = gpu::load2(mine + (16 * m + 8 * half) * kOthers + 8 * n);
+            f(m, n, 2 * half, int{pair.v[0]});
+            f(m, n, 2 * half + 1, int{pair.v[1]});
+          }
+        }
+      }
+    }
+  }
+
+  // scores = scale · scores + what the tables hold
+  BBQ_DEVICE void add_biases(int stage, int warp_row, Accumulator (&scores)[kSlabs][kGroups]) const {
+    if (p.channel_count == 0) {
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int n = 0; n < kGroups; ++n) {
+          BBQ_UNROLL
+          for (int i = 0; i < 4; ++i) scores[m][n].v[i] *= p.scale;
+        }
+      }
+    }
+    for (int c = 0; c < p.channel_count; ++c) {
+      const float factor = c == 0 ? p.scale : 1.0f;
+      const Shared<const float> values = table(c);
+      for_buckets(c, stage, warp_row, [&](int m, int n, int i, int bucket) {
+        scores[m][n].v[i] = gpu::fused_multiply_add(scores[m][n].v[i], factor, values[bucket]);
+      });
+    }
+  }
+
+ private:
+  template <class Words>
+  BBQ_DEVICE void copy(bool query, int64_t token, int count, int rows, const Words& words) const {
+    for (int i = gpu::thread_index(); i < p.channel_count * rows; i += gpu::block_threads()) {
+      const int c = i / rows, row = i % rows;
+      const Channel& channel = p.channels[c];
+      if (channel.form == Form::kTile) continue;
+      const Global<const int64_t> source = query ? channel.query : channel.key;
+      const int64_t at = (token + (row < count ? row : 0)) * channel.stride;
+      if (channel.form == Form::kNarrowWords) {  // the lower halves
+        gpu::async_copy4(gpu::cast<uint32_t>(words(c)) + row, gpu::cast<const uint32_t>(source + at),
+                         row < count ? 4 : 0);
+      } else {
+        gpu::async_copy8(words(c) + row, source + at, row < count ? 8 : 0);
+      }
+    }
+  }
+
+  // f(slab, group, i, own word, other word)
+  template <class Word, class F>
+  static BBQ_DEVICE void for_pairs(Shared<const Word> own, Shared<const Word> other, const F& f) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    Word mine[kSlabs][2];
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int half = 0; half < 2; ++half) mine[m][half] = own[16 * m + 8 * half + g];
+    }
+    BBQ_UNROLL
+    for (int n = 0; n < kGroups; ++n) {
+      const gpu::Two<Word> theirs = gpu::load2(other + 8 * n + 2 * t);
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int i = 0; i < 4; ++i) f(m, n, i, mine[m][i / 2], theirs.v[i % 2]);
+      }
+    }
+  }
+
+  template <int kLevels, class Word, class F>
+  BBQ_DEVICE void count_levels(int c, int levels, Shared<const Word> own, Shared<const Word> other, const F& f) const {
+    const Shared<const uint64_t> all = masks(c);
+    Word mask[kLevels > 0 ? kLevels : 1];
+    BBQ_UNROLL
+    for (int l = 0; l < kLevels; ++l) mask[l] = static_cast<Word>(all[l]);
+    for_pairs(own, other, [&](int m, int n, int i, Word a, Word b) {
+      const Word different = a ^ b;
+      int agree = 0;
+      if constexpr (kLevels > 0) {
+        BBQ_UNROLL
+        for (int l = 0; l < kLevels; ++l) agree += (different & mask[l]) == 0;
+      } else {
+        BBQ_UNROLL_BY(1)
+        for (int l = 0; l < levels; ++l) agree += (different & static_cast<Word>(all[l])) == 0;
+      }
+      f(m, n, i, agree);
+    });
+  }
+
+  // Sixteen pairs a thread at a time: four own tokens, four others. Pairs past the counts are not looked at.
+  BBQ_DEVICE void fill_tile(int c, int64_t own_token, int own_count, int64_t other_token, int other_count) const {
+    const Channel& channel = p.channels[c];
+    const Shared<uint8_t> target = tile(c);
+    constexpr int kAcross = kOthers / 4;
+    for (int i = gpu::thread_index(); i < plan.own_rows / 4 * kAcross; i += gpu::block_threads()) {
+      const int row = i / kAcross * 4, column = i % kAcross * 4;
+      int64_t mine[4], theirs[4];  // offsets of tokens; those past the count are the first one
+      BBQ_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        mine[e] = (own_token + (row + e < own_count ? row + e : 0)) * channel.stride;
+        theirs[e] = (other_token + (column + e < other_count ? column + e : 0)) * channel.stride;
+      }
+      if (channel.kind == Kind::kCosine) {
+        const Global<const float> own = own_is_query ? channel.query_vectors : channel.key_vectors;
+        const Global<const float> other = own_is_query ? channel.key_vectors : channel.query_vectors;
+        float sums[4][4] = {};
+        for (int64_t d = 0; d < channel.width; ++d) {
+          float a[4], b[4];
+          BBQ_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            a[e] = own[mine[e] + d];
+            b[e] = other[theirs[e] + d];
+          }
+          BBQ_UNROLL
+          for (int y = 0; y < 4; ++y) {
+            BBQ_UNROLL
+            for (int x = 0; x < 4; ++x) sums[y][x] = gpu::fused_multiply_add(a[y], b[x], sums[y][x]);
+          }
+        }
+        BBQ_UNROLL
+        for (int y = 0; y < 4; ++y) {
+          BBQ_UNROLL
+          for (int x = 0; x < 4; ++x) {
+            int bucket = channel.buckets;  // NaN: the slot behind the table
+            if (sums[y][x] == sums[y][x]) {
+              bucket = 0;
+              while (bucket < channel.buckets - 1 && channel.boundaries[bucket] <= sums[y][x]) ++bucket;
+            }
+            target[(row + y) * kOthers + column + x] = static_cast<uint8_t>(bucket);
+          }
+        }
+      } else {
+        const Global<const int64_t> own = own_is_query ? channel.query : channel.key;
+        const Global<const int64_t> other = own_is_query ? channel.key : channel.query;
+        BBQ_UNROLL_BY(1)
+        for (int pair = 0; pair < 16; ++pair) {
+          const int y = pair / 4, x = pair % 4;
+          const int64_t a = (own_token + (row + y < own_count ? row + y : 0)) * channel.stride;
+          const int64_t b = (other_token + (column + x < other_count ? column + x : 0)) * channel.stride;
+          int agree = 0;
+          for (int l = 0; l < channel.buckets - 1; ++l) {
+            const int64_t code = own[a + l];
+            const bool agrees = code == other[b + l] && code >= 0;
+            if (!agrees && channel.kind == Kind::kPrefix) break;
+            agree += agrees;
+          }
+          target[(row + y) * kOthers + column + x] = static_cast<uint8_t>(agree);
+        }
+      }
+    }
+  }
+};
+
+// ---- Sizes ----
+
+constexpr int kMaxWarps = 8;
+
+// Rows of 16 a warp (slabs) and tokens of the other side in a tile, as registers and shared memory allow.
+template <class T, int kWidth>
+struct Sizes {
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kForwardSlabs = kWide || kWidth > 64 ? 1 : 2;
+  static constexpr int kForwardKeys = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 128 ? 32 : 64;
+  static constexpr int kQueriesKeys = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 64 ? 32 : 64;
+  static constexpr int kKeysRows = kWide ? (kWidth > 64 ? 16 : 32) : kWidth > 64 ? 32 : 64;
+  static constexpr int kKeysColumns = kWide && kWidth > 64 ? 64 : kWidth > 128 ? 128 : kWidth;
+};
+
+// ---- Forward ----
+
+template <class T, int kWidth>
+struct AttentionForward {
+  static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
+  static constexpr int kSlabs = Sizes<T, kWidth>::kForwardSlabs, kOthers = Sizes<T, kWidth>::kForwardKeys;
+  static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
+  using TileRows = Rows<T, kWidth>;
+  using Tile = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kOthers>;
+
+  struct Params {
+    Problem problem;
+    HeadRows<const T> query, key, value;
+    HeadRows<T> output;
+    Global<double> logsumexp;
+    int64_t tiles, blocks;  // of queries of a sequence; of all sequences and heads
+  };
+
+  struct Plan {
+    int queries, keys, values, terms;
+    BBQ_HOST_DEVICE explicit Plan(int warps) {
+      constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
+      queries = 0;
+      keys = queries + warps * kWarpRows * kRowBytes;
+      values = keys + 2 * kOthers * kRowBytes;
+      terms = values + 2 * kOthers * kRowBytes;
+    }
+  };
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
+    return typename Channels::Plan(Plan(warps).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
+  }
+
+  static BBQ_DEVICE void run(const Params& params) {
+    const Problem& p = params.problem;
+    const auto clear = [&](int64_t head, int64_t token) {
+      clear_token(params.output, head, token, p.width);
+      if (gpu::lane_index() == 0) params.logsumexp[token * p.heads + head] = -double{gpu::kInfinity};
+    };
+    if (gpu::block_index() >= params.blocks) {
+      for_uncovered_tokens(p, gpu::block_index() - params.blocks, clear);
+      return;
+    }
+    const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
+    const Place place = place_of(p, gpu::block_index(), params.tiles, warps * kWarpRows);
+    const Sequence s = sequence_at(p.layout, place.sequence);
+    if (place.tile == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+    if (place.first >= s.all_rows) return;
+
+    const Plan plan(warps);
+    const Shared<T> queries = gpu::shared_at<T>(plan.queries), keys = gpu::shared_at<T>(plan.keys),
+                    values = gpu::shared_at<T>(plan.values);
+    const Channels terms{p, {plan.terms, warps * kWarpRows, p.channel_count, p.tile_count}, true};
+    const int live = least(s.rows - place.first, warps * kWarpRows);  // rows of the block; none if not above 0
+    const int columns = live > 0 ? seen_by(p, s, place.first + live - 1) : 0;
+    const int warp_row = gpu::warp_index() * kWarpRows, first_row = place.first + warp_row;
+    const int warp_columns = warp_row < live ? seen_by(p, s, place.first + least(live, warp_row + kWarpRows) - 1) : 0;
+
+    const auto copy_tile = [&](int first, int stage) {
+      if (first < columns) {
+        const int count = least(kOthers, columns - first), at = stage * kOthers * TileRows::kStride;
+        const int64_t token = s.key_start + first;
+        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kOthers);
+        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kOthers);
+        terms.copy_others(s.key_token + first, count, stage);
+      }
+      gpu::async_commit();
+    };
+
+    Accumulator sums[kSlabs][kColumnGroups];
+    float highest[kSlabs][2], base[kSlabs][2],
+        total[kSlabs][2];  // base: highest · log2 e, rounded, 0 where there is none
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int n = 0; n < kColumnGroups; ++n) sums[m][n] = {};
+      BBQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        highest[m][half] = -gpu::kInfinity;
+        base[m][half] = total[m][half] = 0;
+      }
+    }
+    if (columns > 0) {
+      TileRows::copy(queries, params.query, params.query.at(s.batch, place.head, s.query_start + place.first), p.width,
+                     live, warps * kWarpRows);
+      terms.copy_own(s.query_token + place.first, live);
+      terms.load_tables(place.head);
+      copy_tile(0, 0);
+    }
+    int stage = 0;
+    for (int first = 0; first < columns; first += kOthers, stage ^= 1) {
+      gpu::async_wait<0>();
+      gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
+      copy_tile(first + kOthers, stage ^ 1);
+      const Shared<const T> value = values + stage * kOthers * TileRows::kStride;
+      const int count = least(kOthers, columns - first);
+      terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
+      const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
+      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(value, kOthers));
+      if (first >= warp_columns) continue;
+
+      Accumulator scores[kSlabs][kGroups];
+      Tile::multiply(queries + warp_row * TileRows::kStride, keys + stage * kOthers * TileRows::kStride, scores);
+      terms.add_biases(stage, warp_row, scores);
+      const auto seen = [&](int m, int row) { return seen_by(p, s, first_row + 16 * m + row) - first; };
+      if (first + kOthers > seen_by(p, s, first_row)) {
+        BBQ_UNROLL
+        for (int m = 0; m < kSlabs; ++m) {
+          BBQ_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int limit = seen(m, 8 * half + g) - 2 * t;
+            BBQ_UNROLL
+            for (int n = 0; n < kGroups; ++n) {
+              BBQ_UNROLL
+              for (int i = 0; i < 2; ++i) {
+                float& score = scores[m][n].v[2 * half + i];
+                score = 8 * n + i < limit ? score : -gpu::kInfinity;
+              }
+            }
+          }
+        }
+      }
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float top = highest[m][half];  // a NaN comes through its weight
+          BBQ_UNROLL
+          for (int n = 0; n < kGroups; ++n) {
+            top = fmaxf(top, fmaxf(scores[m][n].v[2 * half], scores[m][n].v[2 * half + 1]));
+          }
+          top = gpu::max_over<4>(top);
+          const float new_base = top == -gpu::kInfinity ? 0.0f : top * kLog2E;
+          const float factor = highest[m][half] == -gpu::kInfinity ? 0.0f : gpu::exp2(base[m][half] - new_base);
+          highest[m][half] = top;
+          base[m][half] = new_base;
+          float sum = 0;
+          BBQ_UNROLL
+          for (int n = 0; n < kGroups; ++n) {
+            BBQ_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              float& weight = scores[m][n].v[2 * half + i];
+              weight = gpu::exp2(gpu::fused_multiply_add(weight, kLog2E, -new_base));
+              sum += weight;
+            }
+          }
+          total[m][half] = total[m][half] * factor + sum;
+          BBQ_UNROLL
+          for (int n = 0; n < kColumnGroups; ++n) {
+            sums[m][n].v[2 * half] *= factor;
+            sums[m][n].v[2 * half + 1] *= factor;
+          }
+        }
+      }
+      if (spoiled) {
+        Tile::add_row_by_row(scores, value, sums, [&](int m, int row, int step) { return step < seen(m, row); });
+      } else {
+        Tile::add(scores, value, sums);
+      }
+    }
+    gpu::async_wait<0>();
+
+    gpu::sync_warp();  // the warp's own queries are not read any more: the output goes out through them
+    Tile::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half) {
+      const int row = 16 * m + 8 * half + g;
+      const float sum = gpu::sum_over<4>(total[m][half]);
+      const bool nothing = sum == 0 || warp_row + row >= live;
+      if (t == 0 && first_row + row < s.all_rows) {
+        params.logsumexp[row_index(p, s, place.head, first_row + row)] =
+            nothing ? -double{gpu::kInfinity} : double{base[m][half]} * kLn2 + log(double{sum});
+      }
+      return nothing ? 0.0f : 1.0f / sum;
+    });
+    gpu::sync_warp();
+    TileRows::store(queries + warp_row * TileRows::kStride, params.output,
+                    params.output.at(s.batch, place.head, s.query_start + first_row), p.width,
+                    least(kWarpRows, s.all_rows - first_row));
+  }
+};
+
+// ---- Backward ----
+
+// What the backward knows of a row: its logsumexp in units of log 2, in two parts, and Σ_j p_ij dp_ij. A row that
+// attends to nothing has an infinite logsumexp here, which makes its weights zero.
+using Statistics = gpu::Four<float>;  // high, low, delta, and nothing
+
+BBQ_DEVICE float weight_of(float score, float high, float low) {
+  return gpu::exp2(gpu::fused_multiply_add(score, kLog2E, -high) - low);
+}
+
+template <class T, int kWidth>
+struct AttentionQueries {
+  static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
+  static constexpr int kSlabs = 1, kOthers = Sizes<T, kWidth>::kQueriesKeys;
+  static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
+  using TileRows = Rows<T, kWidth>;
+  using Tile = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kOthers>;
+
+  struct Params {
+    Problem problem;
+    HeadRows<const T> query, key, value, output, grad;
+    Global<const double> logsumexp;
+    HeadRows<T> grad_query;  // may be missing
+    Global<float> statistics;
+    int64_t tiles, blocks;
+  };
+
+  struct Plan {
+    int queries, grads, keys, values, terms;
+    BBQ_HOST_DEVICE explicit Plan(int warps) {
+      constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
+      queries = 0;
+      grads = queries + warps * kWarpRows * kRowBytes;
+      keys = grads + warps * kWarpRows * kRowBytes;
+      values = keys + 2 * kOthers * kRowBytes;
+      terms = values + 2 * kOthers * kRowBytes;
+    }
+  };
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
+    return typename Channels::Plan(Plan(warps).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
+  }
+
+  static BBQ_DEVICE void run(const Params& params) {
+    const Problem& p = params.problem;
+    const auto clear = [&](int64_t head, int64_t token) { clear_token(params.grad_query, head, token, p.width); };
+    if (gpu::block_index() >= params.blocks) {
+      for_uncovered_tokens(p, gpu::block_index() - params.blocks, clear);
+      return;
+    }
+    const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
+    const Place place = place_of(p, gpu::block_index(), params.tiles, warps * kWarpRows);
+    const Sequence s = sequence_at(p.layout, place.sequence);
+    if (place.tile == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+    if (place.first >= s.all_rows) return;
+
+    const Plan plan(warps);
+    const Shared<T> queries = gpu::shared_at<T>(plan.queries), grads = gpu::shared_at<T>(plan.grads),
+                    keys = gpu::shared_at<T>(plan.keys), values = gpu::shared_at<T>(plan.values);
+    const Channels terms{p, {plan.terms, warps * kWarpRows, p.channel_count, p.tile_count}, true};
+    const int live = least(s.rows - place.first, warps * kWarpRows);
+    const int columns = live > 0 && params.grad_query.data ? seen_by(p, s, place.first + live - 1) : 0;
+    const int warp_row = gpu::warp_index() * kWarpRows, first_row = place.first + warp_row;
+    const int warp_columns = warp_row < live ? seen_by(p, s, place.first + least(live, warp_row + kWarpRows) - 1) : 0;
+
+    const auto copy_tile = [&](int first, int stage) {
+      if (first < columns) {
+        const int count = least(kOthers, columns - first), at = stage * kOthers * TileRows::kStride;
+        const int64_t token = s.key_start + first;
+        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kOthers);
+        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kOthers);
+        terms.copy_others(s.key_token + first, count, stage);
+      }
+      gpu::async_commit();
+    };
+
+    TileRows::copy(grads, params.grad, params.grad.at(s.batch, place.head, s.query_start + place.first), p.width, live,
+                   warps * kWarpRows);
+    gpu::async_commit();
+    if (columns > 0) {
+      TileRows::copy(queries, params.query, params.query.at(s.batch, place.head, s.query_start + place.first), p.width,
+                     live, warps * kWarpRows);
+      terms.copy_own(s.query_token + place.first, live);
+      terms.load_tables(place.head);
+    }
+    copy_tile(0, 0);
+    gpu::async_wait<1>();
+    gpu::sync_threads();  // the gradients of the output are there
+
+    // Statistics, a row at a time; each lane keeps those of its two rows.
+    float high[2] = {gpu::kInfinity, gpu::kInfinity}, low[2] = {0, 0}, delta[2] = {0, 0};
+    for (int row = 0; row < kWarpRows && warp_row + row < live; ++row) {
+      const Global<const T> output = params.output.at(s.batch, place.head, s.query_start + first_row + row);
+      const Shared<const T> grad = grads + (warp_row + row) * TileRows::kStride;
+      float sum = 0;
+      for (int d = lane; d < p.width; d += gpu::kLanes) {
+        sum = gpu::fused_multiply_add(to_float(T(grad[d])), to_float(T(output[d])), sum);
+      }
+      sum = gpu::sum_over<gpu::kLanes>(sum);
+      const int64_t index = row_index(p, s, place.head, first_row + row);
+      const double logsumexp = params.logsumexp[index];
+      const bool nothing = logsumexp == -double{gpu::kInfinity};
+      const double in_bits = logsumexp / kLn2;
+      const float upper = nothing ? gpu::kInfinity : static_cast<float>(in_bits);
+      const float lower = nothing ? 0.0f : static_cast<float>(in_bits - double{upper});
+      if (lane == 0) gpu::store4(params.statistics + 4 * index, Statistics{{upper, lower, sum, 0.0f}});
+      BBQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (row == 8 * half + g) {
+          high[half] = upper;
+          low[half] = lower;
+          delta[half] = sum;
+        }
+      }
+    }
+    if (!params.grad_query.data) {
+      gpu::async_wait<0>();
+      return;
+    }
+
+    Accumulator sums[kSlabs][kColumnGroups];
+    BBQ_UNROLL
+    for (int n = 0; n < kColumnGroups; ++n) sums[0][n] = {};
+    int stage = 0;
+    for (int first = 0; first < columns; first += kOthers, stage ^= 1) {
+      gpu::async_wait<0>();
+      gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
+      copy_tile(first + kOthers, stage ^ 1);
+      const Shared<const T> key = keys + stage * kOthers * TileRows::kStride;
+      const int count = least(kOthers, columns - first);
+      terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
+      const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
+      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(key, kOthers));
+      if (first >= warp_columns) continue;
+
+      Accumulator scores[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
+      Tile::multiply(queries + warp_row * TileRows::kStride, key, scores);
+      terms.add_biases(stage, warp_row, scores);
+      Tile::multiply(grads + warp_row * TileRows::kStride, values + stage * kOthers * TileRows::kStride, grad_scores);
+      const auto seen = [&](int row) { return seen_by(p, s, first_row + row) - first; };
+      BBQ_UNROLL
+      for (int n = 0; n < kGroups; ++n) {
+        BBQ_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float weight = weight_of(scores[0][n].v[i], high[i / 2], low[i / 2]);
+          grad_scores[0][n].v[i] = weight * (grad_scores[0][n].v[i] - delta[i / 2]);
+        }
+      }
+      if (first + kOthers > seen_by(p, s, first_row)) {
+        BBQ_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int limit = seen(8 * half + g) - 2 * t;
+          BBQ_UNROLL
+          for (int n = 0; n < kGroups; ++n) {
+            BBQ_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              float& grad = grad_scores[0][n].v[2 * half + i];
+              grad = 8 * n + i < limit ? grad : 0.0f;
+            }
+          }
+        }
+      }
+      if (spoiled) {
+        Tile::add_row_by_row(grad_scores, key, sums, [&](int, int row, int step) { return step < seen(row); });
+      } else {
+        Tile::add(grad_scores, key, sums);
+      }
+    }
+    gpu::async_wait<0>();
+
+    gpu::sync_warp();  // the warp's own queries are not read any more: the gradients go out through them
+    Tile::put(sums, queries + warp_row * TileRows::kStride,
+              [&](int, int half) { return high[half] == gpu::kInfinity ? 0.0f : p.scale; });
+    gpu::sync_warp();
+    TileRows::store(queries + warp_row * TileRows::kStride, params.grad_query,
+                    params.grad_query.at(s.batch, place.head, s.query_start + first_row), p.width,
+                    least(kWarpRows, s.all_rows - first_row));
+  }
+};
+
+// Gradients of kColumns columns of keys and values, where a lane's registers hold no more: then several blocks share
+// the keys, and the first of them sums up the gradients of the tables.
+template <class T, int kWidth>
+struct AttentionKeys {
+  static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
+  static constexpr int kSlabs = 1, kOthers = Sizes<T, kWidth>::kKeysRows, kColumns = Sizes<T, kWidth>::kKeysColumns;
+  static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
+  static constexpr int kParts = kWidth / kColumns;
+  using TileRows = Rows<T, kWidth>;
+  using Tile = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kOthers>;
+
+  struct Params {
+    Problem problem;
+    HeadRows<const T> query, key, value, grad;
+    Global<const float> statistics;
+    HeadRows<T> grad_key, grad_value;  // each may be missing
+    Global<float> table_sums;          // (sequences, heads, tiles, entries), or missing
+    int64_t tiles, blocks;
+  };
+
+  struct Plan {
+    int keys, values, queries, grads, statistics, sums, terms;
+    BBQ_HOST_DEVICE Plan(int warps, int entries) {
+      constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
+      keys = 0;
+      values = keys + warps * kWarpRows * kRowBytes;
+      queries = values + warps * kWarpRows * kRowBytes;
+      grads = queries + 2 * kOthers * kRowBytes;
+      statistics = grads + 2 * kOthers * kRowBytes;
+      sums = statistics + 2 * kOthers * static_cast<int>(sizeof(Statistics));
+      terms = sums + warps * entries * 8;
+      terms = (terms + 15) / 16 * 16;
+    }
+  };
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
+    return
+        typename Channels::Plan(Plan(warps, p.entries).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
+  }
+
+  // Adds gradients of scores to the warp's sums of one channel's table, kMany buckets at a time.
+  template <int kMany>
+  static BBQ_DEVICE void add_to_table(const uint32_t (&buckets)[kSlabs][kGroups],
+                                      const Accumulator (&grad_scores)[kSlabs][kGroups], int first, int count,
+                                      Shared<double> table) {
+    float sums[kMany];
+    BBQ_UNROLL
+    for (int b = 0; b < kMany; ++b) sums[b] = 0;
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int n = 0; n < kGroups; ++n) {
+        BBQ_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int bucket = static_cast<int>(buckets[m][n] >> (8 * i) & 255) - first;
+          BBQ_UNROLL
+          for (int b = 0; b < kMany; ++b) {
+            if (bucket == b) sums[b] += grad_scores[m][n].v[i];
+          }
+        }
+      }
+    }
+    float mine = 0;  // lane b takes bucket b
+    BBQ_UNROLL
+    for (int b = 0; b < kMany; ++b) {
+      const float sum = gpu::sum_over<gpu::kLanes>(sums[b]);
+      if (gpu::lane_index() == b) mine = sum;
+    }
+    if (gpu::lane_index() < kMany && first + gpu::lane_index() < count) {
+      table[first + gpu::lane_index()] += double{mine};
+    }
+  }
+
+  static BBQ_DEVICE void run(const Params& params) {
+    const Problem& p = params.problem;
+    const auto clear = [&](int64_t head, int64_t token) {
+      clear_token(params.grad_key, head, token, p.width);
+      clear_token(params.grad_value, head, token, p.width);
+    };
+    if (gpu::block_index() >= params.blocks) {
+      for_uncovered_tokens(p, gpu::block_index() - params.blocks, clear);
+      return;
+    }
+    const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
+    const int64_t unit = gpu::block_index() / kParts;
+    const int part = static_cast<int>(gpu::block_index() % kParts), first_column = part * kColumns;
+    const Place place = place_of(p, unit, params.tiles, warps * kWarpRows);
+    const Sequence s = sequence_at(p.layout, place.sequence);
+    if (place.tile == 0 && part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+
+    const Plan plan(warps, p.entries);
+    const Shared<T> keys = gpu::shared_at<T>(plan.keys), values = gpu::shared_at<T>(plan.values),
+                    queries = gpu::shared_at<T>(plan.queries), grads = gpu::shared_at<T>(plan.grads);
+    const Shared<float> statistics = gpu::shared_at<float>(plan.statistics);
+    const Channels terms{p, {plan.terms, warps * kWarpRows, p.channel_count, p.tile_count}, false};
+    const bool sum_tables = params.table_sums && part == 0;
+    const Shared<double> table_sums = gpu::shared_at<double>(plan.sums) + gpu::warp_index() * p.entries;
+    if (sum_tables) {
+      for (int e = lane; e < p.entries; e += gpu::kLanes) table_sums[e] = 0.0;
+    }
+    const bool need_scores = params.grad_key.data || sum_tables;
+
+    const int live = least(s.columns - place.first, warps * kWarpRows);  // keys of the block; none if not above 0
+    const int first_seeing = p.is_causal ? static_cast<int>(clamp(int64_t{place.first} - s.shift, 0, s.rows)) : 0;
+    const int begin = live > 0 ? first_seeing : s.rows;
+    const int warp_row = gpu::warp_index() * kWarpRows, first_key = place.first + warp_row;
+
+    const auto copy_tile = [&](int first, int stage) {
+      if (first < s.rows) {
+        const int count = least(kOthers, s.rows - first), at = stage * kOthers * TileRows::kStride;
+        const int64_t token = s.query_start + first;
+        TileRows::copy(queries + at, params.query, params.query.at(s.batch, place.head, token), p.width, count,
+                       kOthers);
+        TileRows::copy(grads + at, params.grad, params.grad.at(s.batch, place.head, token), p.width, count, kOthers);
+        terms.copy_others(s.query_token + first, count, stage);
+        for (int i = gpu::thread_index(); i < kOthers; i += gpu::block_threads()) {
+          const int64_t index = row_index(p, s, place.head, first + (i < count ? i : 0));
+          gpu::async_copy16(statistics + 4 * (stage * kOthers + i), params.statistics + 4 * index, i < count ? 16 : 0);
+        }
+      }
+      gpu::async_commit();
+    };
+
+    Accumulator key_sums[kSlabs][kColumnGroups], value_sums[kSlabs][kColumnGroups];
+    BBQ_UNROLL
+    for (int n = 0; n < kColumnGroups; ++n) key_sums[0][n] = value_sums[0][n] = {};
+    if (begin < s.rows) {
+      TileRows::copy(keys, params.key, params.key.at(s.batch, place.head, s.key_start + place.first), p.width, live,
+                     warps * kWarpRows);
+      TileRows::copy(values, params.value, params.value.at(s.batch, place.head, s.key_start + place.first), p.width,
+                     live, warps * kWarpRows);
+      terms.copy_own(s.key_token + place.first, live);
+      terms.load_tables(place.head);
+      copy_tile(begin, 0);
+    }
+    int stage = 0;
+    for (int first = begin; first < s.rows; first += kOthers, stage ^= 1) {
+      gpu::async_wait<0>();
+      bool attends_to_nothing = false;  // a row whose statistics this thread copied
+      for (int i = gpu::thread_index(); i < kOthers; i += gpu::block_threads()) {
+        attends_to_nothing |= statistics[4 * (stage * kOthers + i)] == gpu::kInfinity;
+      }
+      // The tile is there for all, and nobody reads the one before any more.
+      const bool some_dead = gpu::sync_threads_or(attends_to_nothing);
+      copy_tile(first + kOthers, stage ^ 1);
+      const Shared<const T> query = queries + stage * kOthers * TileRows::kStride;
+      const Shared<const T> grad = grads + stage * kOthers * TileRows::kStride;
+      const Shared<const float> known = statistics + 4 * stage * kOthers;
+      const int count = least(kOthers, s.rows - first);
+      terms.fill_tiles(s.key_token + place.first, live, s.query_token + first, count);
+      const bool on_diagonal = p.is_causal && seen_by(p, s, first) < place.first + live;
+      const bool spoiled = (on_diagonal || some_dead) && gpu::sync_threads_or(TileRows::is_spoiled(query, kOthers) ||
+                                                                              TileRows::is_spoiled(grad, kOthers));
+      if (warp_row >= live || seen_by(p, s, first + count - 1) <= first_key) continue;
+
+      const auto sees = [&](int row, int step) {
+        return step < count && first_key + row < seen_by(p, s, first + step) && known[4 * step] != gpu::kInfinity;
+      };
+      Accumulator weights[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
+      Tile::multiply(keys + warp_row * TileRows::kStride, query, weights);
+      terms.add_biases(stage, warp_row, weights);
+      if (need_scores) Tile::multiply(values + warp_row * TileRows::kStride, grad, grad_scores);
+      BBQ_UNROLL
+      for (int n = 0; n < kGroups; ++n) {
+        BBQ_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          const Statistics row = gpu::load4(known + 4 * (8 * n + 2 * t + x));
+          BBQ_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            float& weight = weights[0][n].v[2 * half + x];
+            weight = weight_of(weight, row.v[0], row.v[1]);
+            if (need_scores) {
+              float& grad_score = grad_scores[0][n].v[2 * half + x];
+              grad_score = weight * (grad_score - row.v[2]);
+            }
+          }
+        }
+      }
+      if (some_dead || count < kOthers || first_key + kWarpRows > seen_by(p, s, first)) {
+        BBQ_UNROLL
+        for (int n = 0; n < kGroups; ++n) {
+          BBQ_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const bool seen = sees(8 * (i / 2) + g, 8 * n + 2 * t + i % 2);
+            weights[0][n].v[i] = seen ? weights[0][n].v[i] : 0.0f;
+            if (need_scores) grad_scores[0][n].v[i] = seen ? grad_scores[0][n].v[i] : 0.0f;
+          }
+        }
+      }
+      if (sum_tables) {
+        for (int c = 0; c < p.channel_count; ++c) {
+          uint32_t buckets[kSlabs][kGroups] = {};
+          terms.for_buckets(c, stage, warp_row, [&](int m, int n, int i, int bucket) {
+            buckets[m][n] |= static_cast<uint32_t>(bucket) << (8 * i);
+          });
+          const Shared<double> table = table_sums + p.channels[c].entry;
+          const int size = p.channels[c].buckets;
+          if (size <= 4) {
+            add_to_table<4>(buckets, grad_scores, 0, size, table);
+          } else {
+            for (int b = 0; b < size; b += 8) add_to_table<8>(buckets, grad_scores, b, size, table);
+          }
+        }
+      }
+      const auto row_sees = [&](int, int row, int step) { return sees(row, step); };
+      if (params.grad_value.data) {
+        if (spoiled) {
+          Tile::add_row_by_row(weights, grad + first_column, value_sums, row_sees);
+        } else {
+          Tile::add(weights, grad + first_column, value_sums);
+        }
+      }
+      if (params.grad_key.data) {
+        if (spoiled) {
+          Tile::add_row_by_row(grad_scores, query + first_column, key_sums, row_sees);
+        } else {
+          Tile::add(grad_scores, query + first_column, key_sums);
+        }
+      }
+    }
+    gpu::async_wait<0>();
+
+    if (sum_tables) {
+      gpu::sync_threads();
+      const Shared<double> all = gpu::shared_at<double>(plan.sums);
+      const int64_t at = ((place.sequence * p.heads + place.head) * params.tiles + place.tile) * p.entries;
+      for (int e = gpu::thread_index(); e < p.entries; e += gpu::block_threads()) {
+        double sum = 0;
+        for (int warp = 0; warp < warps; ++warp) sum += all[warp * p.entries + e];
+        params.table_sums[at + e] = static_cast<float>(sum);
+      }
+    }
+    const int count = least(kWarpRows, s.all_columns - first_key);
+    if (count <= 0) return;
+    gpu::sync_warp();  // the warp's own keys and values are not read any more: gradients go out through them
+    const auto store = [&](const Accumulator(&sums)[kSlabs][kColumnGroups], Shared<T> tile, const HeadRows<T>& target,
+                           float factor) {
+      if (!target.data) return;
+      tile = tile + warp_row * TileRows::kStride;
+      Tile::put(sums, tile, [&](int, int half) { return warp_row + 8 * half + g < live ? factor : 0.0f; });
+      gpu::sync_warp();
+      TileRows::template store<kColumns>(tile, target,
+                                         target.at(s.batch, place.head, s.key_start + first_key) + first_column,
+                                         p.width - first_column, count);
+    };
+    store(key_sums, keys, params.grad_key, p.scale);
+    store(value_sums, values, params.grad_value, 1.0f);
+  }
+};
+
+// Adds up what the blocks of AttentionKeys left of each entry of each head, a warp to an entry.
+struct AddTableGradients {
+  static constexpr int kThreads = 256, kBlocks = 4;
+  struct Params {
+    Problem problem;
+    Global<const float> table_sums;
+    Global<float> grad_biases;
+    int64_t tiles;
+  };
+  static BBQ_DEVICE void run(const Params& params) {
+    const Problem& p = params.problem;
+    const int64_t warp = gpu::block_index() * (kThreads / gpu::kLanes) + gpu::warp_index();
+    if (warp >= int64_t{p.heads} * p.entries) return;
+    const int64_t head = warp / p.entries;
+    const int entry = static_cast<int>(warp % p.entries);
+    double sum = 0;
+    for (int64_t unit = gpu::lane_index(); unit < p.layout.count * params.tiles; unit += gpu::kLanes) {
+      const int64_t sequence = unit / params.tiles, tile = unit % params.tiles;
+      sum += double{params.table_sums[((sequence * p.heads + head) * params.tiles + tile) * p.entries + entry]};
+    }
+    for (int mask = gpu::kLanes / 2; mask > 0; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
+    if (gpu::lane_index() != 0) return;
+    int c = 0;
+    while (c + 1 < p.channel_count && p.channels[c + 1].entry <= entry) ++c;
+    const Channel& channel = p.channels[c];
+    params.grad_biases[channel.gradient + head * channel.buckets + entry - channel.entry] = static_cast<float>(sum);
+  }
+};
+
+// Below: which kernels run, in which sizes, on any `Queue` (see residual_quantization.cuh).
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether every row starts at a multiple of 16 bytes.
+template <class T>
+bool is_aligned(uintptr_t address, int64_t batch, int64_t head, int64_t token) {
+  const auto whole = [](int64_t stride) { return stride % kPiece<T> == 0; };
+  return address % 16 == 0 && whole(batch) && whole(head) && whole(token);
+}
+
+// A term as it comes: what its channels compare, in contiguous memory.
+struct TermData {
+  Kind kind;
+  int64_t channels, buckets, width, bits;  // width: of what is compared, in one channel
+  Global<const int64_t> query = nullptr, key = nullptr;
+  Global<const float> query_vectors = nullptr, key_vectors = nullptr, boundaries = nullptr;
+};
+
+// Adds the channels of a term. Tables of terms lie one after the other, (channels, heads, buckets) each.
+inline void add_channels(Problem& p, const TermData& term, Global<const float> tables) {
+  int64_t offset = 0;  // of the term's tables
+  if (p.channel_count > 0) {
+    const Channel& last = p.channels[p.channel_count - 1];
+    offset = last.gradient + int64_t{p.heads} * last.buckets;
+  }
+  for (int64_t m = 0; m < term.channels; ++m) {
+    if (p.channel_count == kMaxChannels) throw std::invalid_argument("terms: expected at most 8 channels together");
+    Channel& c = p.channels[p.channel_count++];
+    c.kind = term.kind;
+    c.buckets = static_cast<int>(term.buckets);
+    c.bits = static_cast<int>(term.bits);
+    c.width = term.width;
+    c.stride = term.channels * term.width;
+    c.form = term.kind == Kind::kGap                ? Form::kPositions
+             : term.bits == 0                       ? Form::kTile
+             : term.bits * (term.buckets - 1) <= 32 ? Form::kNarrowWords
+                                                    : Form::kWords;
+    const int64_t first = m * term.width;
+    c.query = term.query ? term.query + first : term.query;
+    c.key = term.key ? term.key + first : term.key;
+    c.query_vectors = term.query_vectors ? term.query_vectors + first : term.query_vectors;
+    c.key_vectors = term.key_vectors ? term.key_vectors + first : term.key_vectors;
+    c.boundaries = term.boundaries;
+    c.gradient = offset + m * p.heads * term.buckets;
+    c.tables = tables + c.gradient;
+    c.entry = p.entries;
+    p.entries += c.buckets;
+    c.tile = c.form == Form::kTile ? p.tile_count++ : 0;
+  }
+}
+
+template <class T>
+struct ForwardArguments {
+  Problem problem;
+  HeadRows<const T> query, key, value;
+  HeadRows<T> output;
+  Global<double> logsumexp;
+};
+
+template <class T>
+struct BackwardArguments {
+  Problem problem;
+  HeadRows<const T> query, key, value, output, grad;
+  Global<const double> logsumexp;
+  HeadRows<T> grad_query, grad_key, grad_value;  // each may be missing
+  Global<float> grad_biases;                     // may be missing
+};
+
+struct Grid {
+  int warps;
+  int64_t tiles, blocks, tail;  // tail: blocks for tokens that no sequence covers
+};
+
+// A block of all `tokens` of a sequence if its warps can be so many, else one of four warps; fewer where the machine
+// has less shared memory.
+template <class Kernel>
+Grid grid_of(const Machine& machine, const Problem& p, int tokens) {
+  const int64_t needed = divide_up(tokens, Kernel::kWarpRows);
+  int warps = needed <= 1 ? 1 : needed <= kMaxWarps ? static_cast<int>(needed) : 4;
+  while (warps > 0 && Kernel::shared_bytes(warps, p) > machine.shared_per_block) --warps;
+  if (warps == 0) {
+    throw std::invalid_argument(
+        "query: this device has too little shared memory for the head size and the terms; "
+        "choose impl='triton' or 'reference'");
+  }
+  Grid grid{warps, divide_up(tokens, int64_t{warps} * Kernel::kWarpRows), 0, 0};
+  if (grid.tiles == 0) grid.tiles = 1;
+  grid.blocks = p.layout.count * p.heads * grid.tiles;
+  if (p.layout.starts) grid.tail = p.heads * divide_up(p.layout.tokens, kTokensToClear);
+  return grid;
+}
+
+template <class Kernel, class Queue>
+void launch(Queue& queue, const Grid& grid, const typename Kernel::Params& params) {
+  if (params.blocks + grid.tail == 0) return;
+  queue.template run<Kernel>(params.blocks + grid.tail, 1, grid.warps * gpu::kLanes,
+                             Kernel::shared_bytes(grid.warps, params.problem), params);
+}
+
+// Calls f of the least of the widths that kernels are made for.
+template <class F>
+void with_width(int width, const F& f) {
+  if (width <= 32) {
+    f(std::integral_constant<int, 32>{});
+  } else if (width <= 64) {
+    f(std::integral_constant<int, 64>{});
+  } else if (width <= 128) {
+    f(std::integral_constant<int, 128>{});
+  } else {
+    f(std::integral_constant<int, 256>{});
+  }
+}
+
+template <class T, class Queue>
+void forward(Queue& queue, const ForwardArguments<T>& a) {
+  with_width(a.problem.width, [&](auto width) {
+    using Kernel = AttentionForward<T, decltype(width)::value>;
+    const Grid grid = grid_of<Kernel>(queue.machine(), a.problem, a.problem.layout.rows);
+    launch<Kernel>(queue, grid, {a.problem, a.query, a.key, a.value, a.output, a.logsumexp, grid.tiles, grid.blocks});
+  });
+}
+
+template <class T, class Queue>
+void backward(Queue& queue, const BackwardArguments<T>& a) {
+  const Problem& p = a.problem;
+  const bool need_keys = a.grad_key.data || a.grad_value.data || a.grad_biases;
+  if (!need_keys && !a.grad_query.data) return;
+  const int64_t rows = p.layout.starts ? p.layout.tokens : p.layout.count * p.layout.rows;
+  const auto statistics = queue.template scratch<float>(4 * p.heads * rows);
+  with_width(p.width, [&](auto width) {
+    {
+      using Kernel = AttentionQueries<T, decltype(width)::value>;
+      const Grid grid = grid_of<Kernel>(queue.machine(), p, p.layout.rows);
+      launch<Kernel>(queue, grid,
+                     {p, a.query, a.key, a.value, a.output, a.grad, a.logsumexp, a.grad_query, statistics, grid.tiles,
+                      grid.blocks});
+    }
+    if (!need_keys) return;
+    using Kernel = AttentionKeys<T, decltype(width)::value>;
+    const Grid grid = grid_of<Kernel>(queue.machine(), p, p.layout.columns);
+    Global<float> table_sums = nullptr;
+    if (a.grad_biases && p.entries > 0) table_sums = queue.template scratch<float>(grid.blocks * p.entries);
+    launch<Kernel>(queue, grid,
+                   {p, a.query, a.key, a.value, a.grad, statistics, a.grad_key, a.grad_value, table_sums, grid.tiles,
+                    grid.blocks * Kernel::kParts});
+    if (table_sums) {
+      queue.template run<AddTableGradients>(divide_up(p.heads * p.entries, AddTableGradients::kThreads / gpu::kLanes),
+                                            1, AddTableGradients::kThreads, 0,
+                                            {p, table_sums, a.grad_biases, grid.tiles});
+    }
+  });
+}
+
+}  // namespace bbq::attention

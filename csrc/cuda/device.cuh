@@ -264,12 +264,12 @@ inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
-// As wrong as the GPU's may be, up or down by the last bit of the argument; exact for integers, as the GPU's is.
+// As wrong as the GPU's may be, by something drawn from the bits of x; exact for integers, as the GPU's is.
 inline float exp2(float x) {
   const double exact = std::exp2(double{x});
   if (exact < 0x1p-126) return 0.0f;
-  const double error = x == std::floor(x) ? 0.0 : float_bits(x) & 1 ? 0.0 : -0.0;
-  return static_cast<float>(exact * (1 + error));
+  const double drawn = static_cast<int32_t>(float_bits(x) * 0x9e3779b1u) * 0x1p-31;
+  return static_cast<float>(x == std::floor(x) ? exact : exact * (1 + drawn * 0x1p-22));
 }
 
 inline uint32_t to_tf32(float value) { return float_bits(value != value ? quiet_nan() : round_to_tf32(value)); }

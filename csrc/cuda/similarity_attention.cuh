@@ -37,7 +37,6 @@ using gpu::Shared;
 constexpr int kMaxChannels = 8, kMaxLevels = 16, kMaxBuckets = 64;
 constexpr int kTableSlots = kMaxBuckets + 4;  // of a table in shared memory: a NaN for a similarity of NaN behind it
 constexpr float kLog2E = 0x1.715476p0f;
-constexpr double kLn2 = 0.6931471805599453;
 
 BBQ_DEVICE int least(int a, int b) { return a < b ? a : b; }
 BBQ_DEVICE int most(int a, int b) { return a > b ? a : b; }
@@ -133,7 +132,7 @@ BBQ_DEVICE Sequence sequence_at(const Layout& l, int64_t b) {
 
 // How many keys row i sees: the first ones.
 BBQ_DEVICE int seen_by(const Problem& p, const Sequence& s, int i) {
-  return p.is_causal ? static_cast<int>(clamp(int64_t{i} + s.shift + 1, 0, s.columns)) : s.columns;
+  return p.is_causal ? most(0, least(i + s.shift + 1, s.columns)) : s.columns;
 }
 
 // Where the logsumexp and the statistics of row i are: as the rows of a dense query.
@@ -528,8 +527,8 @@ struct Products {
 // ---- Buckets ----
 
 // Terms of one head in shared memory, with the words of `own_rows` tokens of the block's own side and of two tiles of
-// kOthers of the other side.
-template <int kSlabs, int kOthers>
+// kTile tokens of the other side, of which kOthers are compared at once.
+template <int kSlabs, int kTile, int kOthers>
 struct Terms {
   static constexpr int kGroups = kOthers / 8;
 
@@ -540,9 +539,9 @@ struct Terms {
       masks = begin;
       own_words = masks + channels * kMaxLevels * 8;
       other_words = own_words + channels * own_rows * 8;
-      tables = other_words + 2 * channels * kOthers * 8;
+      tables = other_words + 2 * channels * kTile * 8;
       tiles = tables + channels * kTableSlots * 4;
-      bytes = tiles + tile_channels * own_rows * kOthers;
+      bytes = tiles + tile_channels * own_rows * kTile;
     }
   };
 
@@ -556,10 +555,10 @@ struct Terms {
     return gpu::shared_at<uint64_t>(plan.own_words) + c * plan.own_rows;
   }
   BBQ_DEVICE Shared<uint64_t> other_words(int c, int stage) const {
-    return gpu::shared_at<uint64_t>(plan.other_words) + (stage * p.channel_count + c) * kOthers;
+    return gpu::shared_at<uint64_t>(plan.other_words) + (stage * p.channel_count + c) * kTile;
   }
   BBQ_DEVICE Shared<uint8_t> tile(int c) const {
-    return gpu::shared_at<uint8_t>(plan.tiles) + p.channels[c].tile * plan.own_rows * kOthers;
+    return gpu::shared_at<uint8_t>(plan.tiles) + p.channels[c].tile * plan.own_rows * kTile;
   }
 
   // Tables and masks; a barrier has to follow. A level of packed codes agrees, and with it all before for a prefix, if
@@ -592,7 +591,7 @@ struct Terms {
     copy(own_is_query, token, count, plan.own_rows, [&](int c) { return own_words(c); });
   }
   BBQ_DEVICE void copy_others(int64_t token, int count, int stage) const {
-    copy(!own_is_query, token, count, kOthers, [&](int c) { return other_words(c, stage); });
+    copy(!own_is_query, token, count, kTile, [&](int c) { return other_words(c, stage); });
   }
 
   // Buckets of a tile in the channels that need all threads of the block, which are there when this returns.
@@ -605,14 +604,15 @@ struct Terms {
     gpu::sync_threads();
   }
 
-  // f(slab, group, i, bucket) for every score in the registers of this lane. `warp_row`: the warp's first own row.
+  // f(slab, group, i, bucket) for every score in the registers of this lane. `warp_row`: the warp's first own row;
+  // `part`: the first token of the tile.
   template <class F>
-  BBQ_DEVICE void for_buckets(int c, int stage, int warp_row, const F& f) const {
+  BBQ_DEVICE void for_buckets(int c, int stage, int warp_row, int part, const F& f) const {
     const Channel& channel = p.channels[c];
     const int levels = channel.buckets - 1;
     if (channel.form == Form::kNarrowWords) {
       const Shared<const uint32_t> own = gpu::cast<const uint32_t>(own_words(c)) + warp_row;
-      const Shared<const uint32_t> other = gpu::cast<const uint32_t>(other_words(c, stage));
+      const Shared<const uint32_t> other = gpu::cast<const uint32_t>(other_words(c, stage)) + part;
       if (levels == 3) {
         count_levels<3>(c, levels, own, other, f);
       } else if (levels == 4) {
@@ -622,23 +622,23 @@ struct Terms {
       }
     } else if (channel.form == Form::kWords) {
       count_levels<0>(c, levels, Shared<const uint64_t>(own_words(c)) + warp_row,
-                      Shared<const uint64_t>(other_words(c, stage)), f);
+                      Shared<const uint64_t>(other_words(c, stage)) + part, f);
     } else if (channel.form == Form::kPositions) {
       for_pairs(Shared<const int64_t>(gpu::cast<const int64_t>(own_words(c))) + warp_row,
-                Shared<const int64_t>(gpu::cast<const int64_t>(other_words(c, stage))),
+                Shared<const int64_t>(gpu::cast<const int64_t>(other_words(c, stage))) + part,
                 [&](int m, int n, int i, int64_t a, int64_t b) {
                   f(m, n, i, static_cast<int>(gap_bucket(a, b, channel.buckets)));
                 });
     } else {
       const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
-      const Shared<const uint8_t> mine = Shared<const uint8_t>(tile(c)) + (warp_row + g) * kOthers + 2 * t;
+      const Shared<const uint8_t> mine = Shared<const uint8_t>(tile(c)) + (warp_row + g) * kTile + part + 2 * t;
       BBQ_UNROLL
       for (int m = 0; m < kSlabs; ++m) {
         BBQ_UNROLL
         for (int n = 0; n < kGroups; ++n) {
           BBQ_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const gpu::Two<uint8_t> pair = gpu::load2(mine + (16 * m + 8 * half) * kOthers + 8 * n);
+            const gpu::Two<uint8_t> pair = gpu::load2(mine + (16 * m + 8 * half) * kTile + 8 * n);
             f(m, n, 2 * half, int{pair.v[0]});
             f(m, n, 2 * half + 1, int{pair.v[1]});
           }
@@ -648,7 +648,7 @@ struct Terms {
   }
 
   // scores = scale · scores + what the tables hold
-  BBQ_DEVICE void add_biases(int stage, int warp_row, Accumulator (&scores)[kSlabs][kGroups]) const {
+  BBQ_DEVICE void add_biases(int stage, int warp_row, int part, Accumulator (&scores)[kSlabs][kGroups]) const {
     if (p.channel_count == 0) {
       BBQ_UNROLL
       for (int m = 0; m < kSlabs; ++m) {
@@ -662,7 +662,7 @@ struct Terms {
     for (int c = 0; c < p.channel_count; ++c) {
       const float factor = c == 0 ? p.scale : 1.0f;
       const Shared<const float> values = table(c);
-      for_buckets(c, stage, warp_row, [&](int m, int n, int i, int bucket) {
+      for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) {
         scores[m][n].v[i] = gpu::fused_multiply_add(scores[m][n].v[i], factor, values[bucket]);
       });
     }
@@ -731,7 +731,7 @@ struct Terms {
   BBQ_DEVICE void fill_tile(int c, int64_t own_token, int own_count, int64_t other_token, int other_count) const {
     const Channel& channel = p.channels[c];
     const Shared<uint8_t> target = tile(c);
-    constexpr int kAcross = kOthers / 4;
+    constexpr int kAcross = kTile / 4;
     for (int i = gpu::thread_index(); i < plan.own_rows / 4 * kAcross; i += gpu::block_threads()) {
       const int row = i / kAcross * 4, column = i % kAcross * 4;
       int64_t mine[4], theirs[4];  // offsets of tokens; those past the count are the first one
@@ -766,7 +766,7 @@ struct Terms {
               bucket = 0;
               while (bucket < channel.buckets - 1 && channel.boundaries[bucket] <= sums[y][x]) ++bucket;
             }
-            target[(row + y) * kOthers + column + x] = static_cast<uint8_t>(bucket);
+            target[(row + y) * kTile + column + x] = static_cast<uint8_t>(bucket);
           }
         }
       } else {
@@ -784,10 +784,48 @@ struct Terms {
             if (!agrees && channel.kind == Kind::kPrefix) break;
             agree += agrees;
           }
-          target[(row + y) * kOthers + column + x] = static_cast<uint8_t>(agree);
+          target[(row + y) * kTile + column + x] = static_cast<uint8_t>(agree);
         }
       }
     }
+  }
+};
+
+// ---- Weights ----
+
+// e^(score - base), where `base` is the highest score: in units of log 2 for 16-bit types, whose weights are rounded
+// far beyond the error of the GPU's own 2^x; in units of the score for float32, and with a polynomial.
+template <class T>
+struct Weight {
+  static constexpr bool kExact = sizeof(T) == 4;
+  static constexpr float kUnit = kExact ? 1.0f : kLog2E;             // of a score
+  static constexpr double kLog = kExact ? 1.0 : 0.6931471805599453;  // of a unit
+
+  // e^x with an error of about 1 ulp, 0 below 2^-126.
+  static BBQ_DEVICE float exponential(float x) {
+    const float k = rintf(x * kLog2E);
+    // Far below everything, without the infinities that a difference of infinities would make NaN.
+    if (k < -150.0f) return 0.0f;
+    const float r = gpu::fused_multiply_add(k, -0x1.7f7d1cp-20f, gpu::fused_multiply_add(k, -0x1.62e4p-1f, x));
+    // The least relative error of all polynomials 1 + r + r²·(...) of degree 6: 3e-9.
+    float p = gpu::fused_multiply_add(r, 0x1.6a23ccp-10f, 0x1.123a2p-7f);
+    p = gpu::fused_multiply_add(p, r, 0x1.5558f2p-5f);
+    p = gpu::fused_multiply_add(p, r, 0x1.555492p-3f);
+    p = gpu::fused_multiply_add(p, r, 0x1.fffffcp-2f);
+    p = gpu::fused_multiply_add(p, r, 1.0f);
+    p = gpu::fused_multiply_add(p, r, 1.0f);
+    return p * gpu::exp2(k);  // a power of two, exactly
+  }
+  // Of a difference of bases.
+  static BBQ_DEVICE float of_difference(float difference) {
+    return kExact ? exponential(difference) : gpu::exp2(difference);
+  }
+  static BBQ_DEVICE float of(float score, float base) {
+    return kExact ? exponential(score - base) : gpu::exp2(gpu::fused_multiply_add(score, kLog2E, -base));
+  }
+  // The same with a base in two parts.
+  static BBQ_DEVICE float of(float score, float high, float low) {
+    return kExact ? exponential((score - high) - low) : gpu::exp2(gpu::fused_multiply_add(score, kLog2E, -high) - low);
   }
 };
 
@@ -795,14 +833,18 @@ struct Terms {
 
 constexpr int kMaxWarps = 8;
 
-// Rows of 16 a warp (slabs) and tokens of the other side in a tile, as registers and shared memory allow.
+// Rows of 16 a warp (slabs), tokens of the other side in a tile, and how many of them are worked on at once, as shared
+// memory and registers allow.
 template <class T, int kWidth>
 struct Sizes {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kForwardSlabs = kWide || kWidth > 64 ? 1 : 2;
-  static constexpr int kForwardKeys = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 128 ? 32 : 64;
-  static constexpr int kQueriesKeys = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 64 ? 32 : 64;
-  static constexpr int kKeysRows = kWide ? (kWidth > 64 ? 16 : 32) : kWidth > 64 ? 32 : 64;
+  static constexpr int kForwardTile = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 128 ? 32 : 64;
+  static constexpr int kForwardAtOnce = kWidth > 128 || (kWide && kWidth > 64) ? 16 : 32;
+  static constexpr int kQueriesTile = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 64 ? 32 : 64;
+  static constexpr int kQueriesAtOnce = kWidth > 128 || (kWide && kWidth > 64) ? 16 : 32;
+  static constexpr int kKeysTile = kWide ? (kWidth > 64 ? 16 : 32) : kWidth > 64 ? 32 : 64;
+  static constexpr int kKeysAtOnce = kWide || kWidth > 64 ? 16 : 32;
   static constexpr int kKeysColumns = kWide && kWidth > 64 ? 64 : kWidth > 128 ? 128 : kWidth;
 };
 
@@ -811,11 +853,12 @@ struct Sizes {
 template <class T, int kWidth>
 struct AttentionForward {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
-  static constexpr int kSlabs = Sizes<T, kWidth>::kForwardSlabs, kOthers = Sizes<T, kWidth>::kForwardKeys;
+  static constexpr int kSlabs = Sizes<T, kWidth>::kForwardSlabs, kTile = Sizes<T, kWidth>::kForwardTile,
+                       kOthers = Sizes<T, kWidth>::kForwardAtOnce;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
-  using Tile = Products<T, kWidth, kSlabs>;
-  using Channels = Terms<kSlabs, kOthers>;
+  using Product = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kTile, kOthers>;
 
   struct Params {
     Problem problem;
@@ -831,8 +874,8 @@ struct AttentionForward {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       queries = 0;
       keys = queries + warps * kWarpRows * kRowBytes;
-      values = keys + 2 * kOthers * kRowBytes;
-      terms = values + 2 * kOthers * kRowBytes;
+      values = keys + 2 * kTile * kRowBytes;
+      terms = values + 2 * kTile * kRowBytes;
     }
   };
   static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
@@ -866,10 +909,10 @@ struct AttentionForward {
 
     const auto copy_tile = [&](int first, int stage) {
       if (first < columns) {
-        const int count = least(kOthers, columns - first), at = stage * kOthers * TileRows::kStride;
+        const int count = least(kTile, columns - first), at = stage * kTile * TileRows::kStride;
         const int64_t token = s.key_start + first;
-        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kOthers);
-        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kOthers);
+        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kTile);
+        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kTile);
         terms.copy_others(s.key_token + first, count, stage);
       }
       gpu::async_commit();
@@ -877,7 +920,7 @@ struct AttentionForward {
 
     Accumulator sums[kSlabs][kColumnGroups];
     float highest[kSlabs][2], base[kSlabs][2],
-        total[kSlabs][2];  // base: highest · log2 e, rounded, 0 where there is none
+        total[kSlabs][2];  // base: the highest, 0 where there is none
     BBQ_UNROLL
     for (int m = 0; m < kSlabs; ++m) {
       BBQ_UNROLL
@@ -896,86 +939,98 @@ struct AttentionForward {
       copy_tile(0, 0);
     }
     int stage = 0;
-    for (int first = 0; first < columns; first += kOthers, stage ^= 1) {
+    for (int first = 0; first < columns; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
-      copy_tile(first + kOthers, stage ^ 1);
-      const Shared<const T> value = values + stage * kOthers * TileRows::kStride;
-      const int count = least(kOthers, columns - first);
+      copy_tile(first + kTile, stage ^ 1);
+      const Shared<const T> value = values + stage * kTile * TileRows::kStride;
+      const int count = least(kTile, columns - first);
       terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
-      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(value, kOthers));
-      if (first >= warp_columns) continue;
-
-      Accumulator scores[kSlabs][kGroups];
-      Tile::multiply(queries + warp_row * TileRows::kStride, keys + stage * kOthers * TileRows::kStride, scores);
-      terms.add_biases(stage, warp_row, scores);
-      const auto seen = [&](int m, int row) { return seen_by(p, s, first_row + 16 * m + row) - first; };
-      if (first + kOthers > seen_by(p, s, first_row)) {
-        BBQ_UNROLL
-        for (int m = 0; m < kSlabs; ++m) {
+      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(value, kTile));
+      BBQ_UNROLL_BY(1)
+      for (int part = 0; part < kTile && first + part < warp_columns; part += kOthers) {
+        Accumulator scores[kSlabs][kGroups];
+        Product::multiply(queries + warp_row * TileRows::kStride, keys + (stage * kTile + part) * TileRows::kStride,
+                          scores);
+        terms.add_biases(stage, warp_row, part, scores);
+        const auto seen = [&](int m, int row) { return seen_by(p, s, first_row + 16 * m + row) - (first + part); };
+        if (first + part + kOthers > seen_by(p, s, first_row)) {
           BBQ_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int limit = seen(m, 8 * half + g) - 2 * t;
+          for (int m = 0; m < kSlabs; ++m) {
             BBQ_UNROLL
-            for (int n = 0; n < kGroups; ++n) {
+            for (int half = 0; half < 2; ++half) {
+              const int limit = seen(m, 8 * half + g) - 2 * t;
               BBQ_UNROLL
-              for (int i = 0; i < 2; ++i) {
-                float& score = scores[m][n].v[2 * half + i];
-                score = 8 * n + i < limit ? score : -gpu::kInfinity;
+              for (int n = 0; n < kGroups; ++n) {
+                BBQ_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                  float& score = scores[m][n].v[2 * half + i];
+                  score = 8 * n + i < limit ? score : -gpu::kInfinity;
+                }
               }
             }
           }
         }
-      }
-      BBQ_UNROLL
-      for (int m = 0; m < kSlabs; ++m) {
+        bool higher = false;
+        float factor[kSlabs][2];
         BBQ_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float top = highest[m][half];  // a NaN comes through its weight
+        for (int m = 0; m < kSlabs; ++m) {
           BBQ_UNROLL
-          for (int n = 0; n < kGroups; ++n) {
-            top = fmaxf(top, fmaxf(scores[m][n].v[2 * half], scores[m][n].v[2 * half + 1]));
-          }
-          top = gpu::max_over<4>(top);
-          const float new_base = top == -gpu::kInfinity ? 0.0f : top * kLog2E;
-          const float factor = highest[m][half] == -gpu::kInfinity ? 0.0f : gpu::exp2(base[m][half] - new_base);
-          highest[m][half] = top;
-          base[m][half] = new_base;
-          float sum = 0;
-          BBQ_UNROLL
-          for (int n = 0; n < kGroups; ++n) {
+          for (int half = 0; half < 2; ++half) {
+            float top = highest[m][half];  // a NaN comes through its weight
             BBQ_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              float& weight = scores[m][n].v[2 * half + i];
-              weight = gpu::exp2(gpu::fused_multiply_add(weight, kLog2E, -new_base));
-              sum += weight;
+            for (int n = 0; n < kGroups; ++n) {
+              top = fmaxf(top, fmaxf(scores[m][n].v[2 * half], scores[m][n].v[2 * half + 1]));
             }
-          }
-          total[m][half] = total[m][half] * factor + sum;
-          BBQ_UNROLL
-          for (int n = 0; n < kColumnGroups; ++n) {
-            sums[m][n].v[2 * half] *= factor;
-            sums[m][n].v[2 * half + 1] *= factor;
+            top = gpu::max_over<4>(top);
+            const float new_base = top == -gpu::kInfinity ? 0.0f : top * Weight<T>::kUnit;
+            factor[m][half] =
+                highest[m][half] == -gpu::kInfinity ? 0.0f : Weight<T>::of_difference(base[m][half] - new_base);
+            higher = higher || factor[m][half] != 1.0f;
+            highest[m][half] = top;
+            base[m][half] = new_base;
+            float sum = 0;
+            BBQ_UNROLL
+            for (int n = 0; n < kGroups; ++n) {
+              BBQ_UNROLL
+              for (int i = 0; i < 2; ++i) {
+                float& weight = scores[m][n].v[2 * half + i];
+                weight = Weight<T>::of(weight, new_base);
+                sum += weight;
+              }
+            }
+            total[m][half] = total[m][half] * factor[m][half] + sum;
           }
         }
-      }
-      if (spoiled) {
-        Tile::add_row_by_row(scores, value, sums, [&](int m, int row, int step) { return step < seen(m, row); });
-      } else {
-        Tile::add(scores, value, sums);
+        if (gpu::ballot(higher)) {  // seldom, once a row has met its highest score
+          BBQ_UNROLL
+          for (int m = 0; m < kSlabs; ++m) {
+            BBQ_UNROLL
+            for (int n = 0; n < kColumnGroups; ++n) {
+              BBQ_UNROLL
+              for (int i = 0; i < 4; ++i) sums[m][n].v[i] *= factor[m][i / 2];
+            }
+          }
+        }
+        if (spoiled) {
+          Product::add_row_by_row(scores, value + part * TileRows::kStride, sums,
+                                  [&](int m, int row, int step) { return step < seen(m, row); });
+        } else {
+          Product::add(scores, value + part * TileRows::kStride, sums);
+        }
       }
     }
     gpu::async_wait<0>();
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the output goes out through them
-    Tile::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half) {
+    Product::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half) {
       const int row = 16 * m + 8 * half + g;
       const float sum = gpu::sum_over<4>(total[m][half]);
       const bool nothing = sum == 0 || warp_row + row >= live;
       if (t == 0 && first_row + row < s.all_rows) {
         params.logsumexp[row_index(p, s, place.head, first_row + row)] =
-            nothing ? -double{gpu::kInfinity} : double{base[m][half]} * kLn2 + log(double{sum});
+            nothing ? -double{gpu::kInfinity} : double{base[m][half]} * Weight<T>::kLog + log(double{sum});
       }
       return nothing ? 0.0f : 1.0f / sum;
     });
@@ -988,22 +1043,18 @@ struct AttentionForward {
 
 // ---- Backward ----
 
-// What the backward knows of a row: its logsumexp in units of log 2, in two parts, and Σ_j p_ij dp_ij. A row that
+// What the backward knows of a row: its logsumexp in units of `Weight`, in two parts, and Σ_j p_ij dp_ij. A row that
 // attends to nothing has an infinite logsumexp here, which makes its weights zero.
 using Statistics = gpu::Four<float>;  // high, low, delta, and nothing
-
-BBQ_DEVICE float weight_of(float score, float high, float low) {
-  return gpu::exp2(gpu::fused_multiply_add(score, kLog2E, -high) - low);
-}
 
 template <class T, int kWidth>
 struct AttentionQueries {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
-  static constexpr int kSlabs = 1, kOthers = Sizes<T, kWidth>::kQueriesKeys;
+  static constexpr int kSlabs = 1, kTile = Sizes<T, kWidth>::kQueriesTile, kOthers = Sizes<T, kWidth>::kQueriesAtOnce;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
-  using Tile = Products<T, kWidth, kSlabs>;
-  using Channels = Terms<kSlabs, kOthers>;
+  using Product = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kTile, kOthers>;
 
   struct Params {
     Problem problem;
@@ -1021,8 +1072,8 @@ struct AttentionQueries {
       queries = 0;
       grads = queries + warps * kWarpRows * kRowBytes;
       keys = grads + warps * kWarpRows * kRowBytes;
-      values = keys + 2 * kOthers * kRowBytes;
-      terms = values + 2 * kOthers * kRowBytes;
+      values = keys + 2 * kTile * kRowBytes;
+      terms = values + 2 * kTile * kRowBytes;
     }
   };
   static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
@@ -1053,10 +1104,10 @@ struct AttentionQueries {
 
     const auto copy_tile = [&](int first, int stage) {
       if (first < columns) {
-        const int count = least(kOthers, columns - first), at = stage * kOthers * TileRows::kStride;
+        const int count = least(kTile, columns - first), at = stage * kTile * TileRows::kStride;
         const int64_t token = s.key_start + first;
-        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kOthers);
-        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kOthers);
+        TileRows::copy(keys + at, params.key, params.key.at(s.batch, place.head, token), p.width, count, kTile);
+        TileRows::copy(values + at, params.value, params.value.at(s.batch, place.head, token), p.width, count, kTile);
         terms.copy_others(s.key_token + first, count, stage);
       }
       gpu::async_commit();
@@ -1088,9 +1139,9 @@ struct AttentionQueries {
       const int64_t index = row_index(p, s, place.head, first_row + row);
       const double logsumexp = params.logsumexp[index];
       const bool nothing = logsumexp == -double{gpu::kInfinity};
-      const double in_bits = logsumexp / kLn2;
-      const float upper = nothing ? gpu::kInfinity : static_cast<float>(in_bits);
-      const float lower = nothing ? 0.0f : static_cast<float>(in_bits - double{upper});
+      const double in_units = logsumexp / Weight<T>::kLog;
+      const float upper = nothing ? gpu::kInfinity : static_cast<float>(in_units);
+      const float lower = nothing ? 0.0f : static_cast<float>(in_units - double{upper});
       if (lane == 0) gpu::store4(params.statistics + 4 * index, Statistics{{upper, lower, sum, 0.0f}});
       BBQ_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -1110,55 +1161,58 @@ struct AttentionQueries {
     BBQ_UNROLL
     for (int n = 0; n < kColumnGroups; ++n) sums[0][n] = {};
     int stage = 0;
-    for (int first = 0; first < columns; first += kOthers, stage ^= 1) {
+    for (int first = 0; first < columns; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
-      copy_tile(first + kOthers, stage ^ 1);
-      const Shared<const T> key = keys + stage * kOthers * TileRows::kStride;
-      const int count = least(kOthers, columns - first);
+      copy_tile(first + kTile, stage ^ 1);
+      const Shared<const T> key = keys + stage * kTile * TileRows::kStride;
+      const int count = least(kTile, columns - first);
       terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
-      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(key, kOthers));
-      if (first >= warp_columns) continue;
-
-      Accumulator scores[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
-      Tile::multiply(queries + warp_row * TileRows::kStride, key, scores);
-      terms.add_biases(stage, warp_row, scores);
-      Tile::multiply(grads + warp_row * TileRows::kStride, values + stage * kOthers * TileRows::kStride, grad_scores);
-      const auto seen = [&](int row) { return seen_by(p, s, first_row + row) - first; };
-      BBQ_UNROLL
-      for (int n = 0; n < kGroups; ++n) {
+      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(key, kTile));
+      BBQ_UNROLL_BY(1)
+      for (int part = 0; part < kTile && first + part < warp_columns; part += kOthers) {
+        Accumulator scores[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
+        Product::multiply(queries + warp_row * TileRows::kStride, key + part * TileRows::kStride, scores);
+        terms.add_biases(stage, warp_row, part, scores);
+        Product::multiply(grads + warp_row * TileRows::kStride, values + (stage * kTile + part) * TileRows::kStride,
+                          grad_scores);
+        const auto seen = [&](int row) { return seen_by(p, s, first_row + row) - (first + part); };
         BBQ_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float weight = weight_of(scores[0][n].v[i], high[i / 2], low[i / 2]);
-          grad_scores[0][n].v[i] = weight * (grad_scores[0][n].v[i] - delta[i / 2]);
-        }
-      }
-      if (first + kOthers > seen_by(p, s, first_row)) {
-        BBQ_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int limit = seen(8 * half + g) - 2 * t;
+        for (int n = 0; n < kGroups; ++n) {
           BBQ_UNROLL
-          for (int n = 0; n < kGroups; ++n) {
+          for (int i = 0; i < 4; ++i) {
+            const float weight = Weight<T>::of(scores[0][n].v[i], high[i / 2], low[i / 2]);
+            grad_scores[0][n].v[i] = weight * (grad_scores[0][n].v[i] - delta[i / 2]);
+          }
+        }
+        if (first + part + kOthers > seen_by(p, s, first_row)) {
+          BBQ_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int limit = seen(8 * half + g) - 2 * t;
             BBQ_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              float& grad = grad_scores[0][n].v[2 * half + i];
-              grad = 8 * n + i < limit ? grad : 0.0f;
+            for (int n = 0; n < kGroups; ++n) {
+              BBQ_UNROLL
+              for (int i = 0; i < 2; ++i) {
+                float& grad = grad_scores[0][n].v[2 * half + i];
+                grad = 8 * n + i < limit ? grad : 0.0f;
+              }
             }
           }
         }
-      }
-      if (spoiled) {
-        Tile::add_row_by_row(grad_scores, key, sums, [&](int, int row, int step) { return step < seen(row); });
-      } else {
-        Tile::add(grad_scores, key, sums);
+        if (spoiled) {
+          Product::add_row_by_row(grad_scores, key + part * TileRows::kStride, sums,
+                                  [&](int, int row, int step) { return step < seen(row); });
+        } else {
+          Product::add(grad_scores, key + part * TileRows::kStride, sums);
+        }
       }
     }
     gpu::async_wait<0>();
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the gradients go out through them
-    Tile::put(sums, queries + warp_row * TileRows::kStride,
-              [&](int, int half) { return high[half] == gpu::kInfinity ? 0.0f : p.scale; });
+    Product::put(sums, queries + warp_row * TileRows::kStride,
+                 [&](int, int half) { return high[half] == gpu::kInfinity ? 0.0f : p.scale; });
     gpu::sync_warp();
     TileRows::store(queries + warp_row * TileRows::kStride, params.grad_query,
                     params.grad_query.at(s.batch, place.head, s.query_start + first_row), p.width,
@@ -1171,12 +1225,13 @@ struct AttentionQueries {
 template <class T, int kWidth>
 struct AttentionKeys {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
-  static constexpr int kSlabs = 1, kOthers = Sizes<T, kWidth>::kKeysRows, kColumns = Sizes<T, kWidth>::kKeysColumns;
+  static constexpr int kSlabs = 1, kTile = Sizes<T, kWidth>::kKeysTile, kOthers = Sizes<T, kWidth>::kKeysAtOnce,
+                       kColumns = Sizes<T, kWidth>::kKeysColumns;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
   static constexpr int kParts = kWidth / kColumns;
   using TileRows = Rows<T, kWidth>;
-  using Tile = Products<T, kWidth, kSlabs>;
-  using Channels = Terms<kSlabs, kOthers>;
+  using Product = Products<T, kWidth, kSlabs>;
+  using Channels = Terms<kSlabs, kTile, kOthers>;
 
   struct Params {
     Problem problem;
@@ -1194,9 +1249,9 @@ struct AttentionKeys {
       keys = 0;
       values = keys + warps * kWarpRows * kRowBytes;
       queries = values + warps * kWarpRows * kRowBytes;
-      grads = queries + 2 * kOthers * kRowBytes;
-      statistics = grads + 2 * kOthers * kRowBytes;
-      sums = statistics + 2 * kOthers * static_cast<int>(sizeof(Statistics));
+      grads = queries + 2 * kTile * kRowBytes;
+      statistics = grads + 2 * kTile * kRowBytes;
+      sums = statistics + 2 * kTile * static_cast<int>(sizeof(Statistics));
       terms = sums + warps * entries * 8;
       terms = (terms + 15) / 16 * 16;
     }
@@ -1269,21 +1324,20 @@ struct AttentionKeys {
     const bool need_scores = params.grad_key.data || sum_tables;
 
     const int live = least(s.columns - place.first, warps * kWarpRows);  // keys of the block; none if not above 0
-    const int first_seeing = p.is_causal ? static_cast<int>(clamp(int64_t{place.first} - s.shift, 0, s.rows)) : 0;
+    const int first_seeing = p.is_causal ? most(0, least(place.first - s.shift, s.rows)) : 0;
     const int begin = live > 0 ? first_seeing : s.rows;
     const int warp_row = gpu::warp_index() * kWarpRows, first_key = place.first + warp_row;
 
     const auto copy_tile = [&](int first, int stage) {
       if (first < s.rows) {
-        const int count = least(kOthers, s.rows - first), at = stage * kOthers * TileRows::kStride;
+        const int count = least(kTile, s.rows - first), at = stage * kTile * TileRows::kStride;
         const int64_t token = s.query_start + first;
-        TileRows::copy(queries + at, params.query, params.query.at(s.batch, place.head, token), p.width, count,
-                       kOthers);
-        TileRows::copy(grads + at, params.grad, params.grad.at(s.batch, place.head, token), p.width, count, kOthers);
+        TileRows::copy(queries + at, params.query, params.query.at(s.batch, place.head, token), p.width, count, kTile);
+        TileRows::copy(grads + at, params.grad, params.grad.at(s.batch, place.head, token), p.width, count, kTile);
         terms.copy_others(s.query_token + first, count, stage);
-        for (int i = gpu::thread_index(); i < kOthers; i += gpu::block_threads()) {
+        for (int i = gpu::thread_index(); i < kTile; i += gpu::block_threads()) {
           const int64_t index = row_index(p, s, place.head, first + (i < count ? i : 0));
-          gpu::async_copy16(statistics + 4 * (stage * kOthers + i), params.statistics + 4 * index, i < count ? 16 : 0);
+          gpu::async_copy16(statistics + 4 * (stage * kTile + i), params.statistics + 4 * index, i < count ? 16 : 0);
         }
       }
       gpu::async_commit();
@@ -1302,88 +1356,91 @@ struct AttentionKeys {
       copy_tile(begin, 0);
     }
     int stage = 0;
-    for (int first = begin; first < s.rows; first += kOthers, stage ^= 1) {
+    for (int first = begin; first < s.rows; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
       bool attends_to_nothing = false;  // a row whose statistics this thread copied
-      for (int i = gpu::thread_index(); i < kOthers; i += gpu::block_threads()) {
-        attends_to_nothing |= statistics[4 * (stage * kOthers + i)] == gpu::kInfinity;
+      for (int i = gpu::thread_index(); i < kTile; i += gpu::block_threads()) {
+        attends_to_nothing |= statistics[4 * (stage * kTile + i)] == gpu::kInfinity;
       }
       // The tile is there for all, and nobody reads the one before any more.
       const bool some_dead = gpu::sync_threads_or(attends_to_nothing);
-      copy_tile(first + kOthers, stage ^ 1);
-      const Shared<const T> query = queries + stage * kOthers * TileRows::kStride;
-      const Shared<const T> grad = grads + stage * kOthers * TileRows::kStride;
-      const Shared<const float> known = statistics + 4 * stage * kOthers;
-      const int count = least(kOthers, s.rows - first);
+      copy_tile(first + kTile, stage ^ 1);
+      const Shared<const T> query = queries + stage * kTile * TileRows::kStride;
+      const Shared<const T> grad = grads + stage * kTile * TileRows::kStride;
+      const Shared<const float> known = statistics + 4 * stage * kTile;
+      const int count = least(kTile, s.rows - first);
       terms.fill_tiles(s.key_token + place.first, live, s.query_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, first) < place.first + live;
-      const bool spoiled = (on_diagonal || some_dead) && gpu::sync_threads_or(TileRows::is_spoiled(query, kOthers) ||
-                                                                              TileRows::is_spoiled(grad, kOthers));
-      if (warp_row >= live || seen_by(p, s, first + count - 1) <= first_key) continue;
-
-      const auto sees = [&](int row, int step) {
-        return step < count && first_key + row < seen_by(p, s, first + step) && known[4 * step] != gpu::kInfinity;
-      };
-      Accumulator weights[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
-      Tile::multiply(keys + warp_row * TileRows::kStride, query, weights);
-      terms.add_biases(stage, warp_row, weights);
-      if (need_scores) Tile::multiply(values + warp_row * TileRows::kStride, grad, grad_scores);
-      BBQ_UNROLL
-      for (int n = 0; n < kGroups; ++n) {
-        BBQ_UNROLL
-        for (int x = 0; x < 2; ++x) {
-          const Statistics row = gpu::load4(known + 4 * (8 * n + 2 * t + x));
-          BBQ_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            float& weight = weights[0][n].v[2 * half + x];
-            weight = weight_of(weight, row.v[0], row.v[1]);
-            if (need_scores) {
-              float& grad_score = grad_scores[0][n].v[2 * half + x];
-              grad_score = weight * (grad_score - row.v[2]);
-            }
-          }
-        }
-      }
-      if (some_dead || count < kOthers || first_key + kWarpRows > seen_by(p, s, first)) {
+      const bool spoiled = (on_diagonal || some_dead) && gpu::sync_threads_or(TileRows::is_spoiled(query, kTile) ||
+                                                                              TileRows::is_spoiled(grad, kTile));
+      BBQ_UNROLL_BY(1)
+      for (int part = 0; part < count && warp_row < live; part += kOthers) {
+        const int first_row = first + part, rows = least(kOthers, count - part), at = part * TileRows::kStride;
+        if (seen_by(p, s, first_row + rows - 1) <= first_key) continue;
+        const Shared<const float> row_statistics = known + 4 * part;
+        Accumulator weights[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
+        Product::multiply(keys + warp_row * TileRows::kStride, query + at, weights);
+        terms.add_biases(stage, warp_row, part, weights);
+        if (need_scores) Product::multiply(values + warp_row * TileRows::kStride, grad + at, grad_scores);
         BBQ_UNROLL
         for (int n = 0; n < kGroups; ++n) {
           BBQ_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const bool seen = sees(8 * (i / 2) + g, 8 * n + 2 * t + i % 2);
-            weights[0][n].v[i] = seen ? weights[0][n].v[i] : 0.0f;
-            if (need_scores) grad_scores[0][n].v[i] = seen ? grad_scores[0][n].v[i] : 0.0f;
+          for (int x = 0; x < 2; ++x) {
+            const Statistics row = gpu::load4(row_statistics + 4 * (8 * n + 2 * t + x));
+            BBQ_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              float& weight = weights[0][n].v[2 * half + x];
+              weight = Weight<T>::of(weight, row.v[0], row.v[1]);
+              if (need_scores) {
+                float& grad_score = grad_scores[0][n].v[2 * half + x];
+                grad_score = weight * (grad_score - row.v[2]);
+              }
+            }
           }
         }
-      }
-      if (sum_tables) {
-        for (int c = 0; c < p.channel_count; ++c) {
-          uint32_t buckets[kSlabs][kGroups] = {};
-          terms.for_buckets(c, stage, warp_row, [&](int m, int n, int i, int bucket) {
-            buckets[m][n] |= static_cast<uint32_t>(bucket) << (8 * i);
-          });
-          const Shared<double> table = table_sums + p.channels[c].entry;
-          const int size = p.channels[c].buckets;
-          if (size <= 4) {
-            add_to_table<4>(buckets, grad_scores, 0, size, table);
+        // Whether a row of the warp and a step of its sums meet.
+        const auto sees = [&](int row, int step) {
+          return step < rows && first_key + row < seen_by(p, s, first_row + step) &&
+                 row_statistics[4 * step] != gpu::kInfinity;
+        };
+        if (some_dead || rows < kOthers || first_key + kWarpRows > seen_by(p, s, first_row)) {
+          BBQ_UNROLL
+          for (int n = 0; n < kGroups; ++n) {
+            BBQ_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const bool seen = sees(8 * (i / 2) + g, 8 * n + 2 * t + i % 2);
+              weights[0][n].v[i] = seen ? weights[0][n].v[i] : 0.0f;
+              if (need_scores) grad_scores[0][n].v[i] = seen ? grad_scores[0][n].v[i] : 0.0f;
+            }
+          }
+        }
+        if (sum_tables) {
+          for (int c = 0; c < p.channel_count; ++c) {
+            uint32_t buckets[kSlabs][kGroups] = {};
+            terms.for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) {
+              buckets[m][n] |= static_cast<uint32_t>(bucket) << (8 * i);
+            });
+            const Shared<double> table = table_sums + p.channels[c].entry;
+            const int size = p.channels[c].buckets;
+            if (size <= 4) {
+              add_to_table<4>(buckets, grad_scores, 0, size, table);
+            } else {
+              for (int bucket = 0; bucket < size; bucket += 8) {
+                add_to_table<8>(buckets, grad_scores, bucket, size, table);
+              }
+            }
+          }
+        }
+        const auto add = [&](const Accumulator(&left)[kSlabs][kGroups], Shared<const T> right,
+                             Accumulator(&sums)[kSlabs][kColumnGroups]) {
+          if (spoiled) {
+            Product::add_row_by_row(left, right, sums, [&](int, int row, int step) { return sees(row, step); });
           } else {
-            for (int b = 0; b < size; b += 8) add_to_table<8>(buckets, grad_scores, b, size, table);
+            Product::add(left, right, sums);
           }
-        }
-      }
-      const auto row_sees = [&](int, int row, int step) { return sees(row, step); };
-      if (params.grad_value.data) {
-        if (spoiled) {
-          Tile::add_row_by_row(weights, grad + first_column, value_sums, row_sees);
-        } else {
-          Tile::add(weights, grad + first_column, value_sums);
-        }
-      }
-      if (params.grad_key.data) {
-        if (spoiled) {
-          Tile::add_row_by_row(grad_scores, query + first_column, key_sums, row_sees);
-        } else {
-          Tile::add(grad_scores, query + first_column, key_sums);
-        }
+        };
+        if (params.grad_value.data) add(weights, grad + at + first_column, value_sums);
+        if (params.grad_key.data) add(grad_scores, query + at + first_column, key_sums);
       }
     }
     gpu::async_wait<0>();
@@ -1405,7 +1462,7 @@ struct AttentionKeys {
                            float factor) {
       if (!target.data) return;
       tile = tile + warp_row * TileRows::kStride;
-      Tile::put(sums, tile, [&](int, int half) { return warp_row + 8 * half + g < live ? factor : 0.0f; });
+      Product::put(sums, tile, [&](int, int half) { return warp_row + 8 * half + g < live ? factor : 0.0f; });
       gpu::sync_warp();
       TileRows::template store<kColumns>(tile, target,
                                          target.at(s.batch, place.head, s.key_start + first_key) + first_column,

@@ -208,6 +208,9 @@ BBQ_DEVICE void atomic_add(T* target, T value) {
   atomicAdd(target, value);
 }
 
+BBQ_DEVICE void atomic_min(int* target, int value) { atomicMin(target, value); }
+BBQ_DEVICE void atomic_max(int* target, int value) { atomicMax(target, value); }
+
 // A device-side assertion: the launch fails, and with it the context.
 BBQ_DEVICE void fail_code(int64_t, int64_t) {
   __assert_fail("codes: expected -1 to codebook_size - 1", __FILE__, __LINE__, "bbqrec_kernels");
@@ -361,12 +364,22 @@ inline Accumulator multiply_tf32(const Left& a, const Right& b, const Accumulato
   return multiply_tiles(simt::Tile::kTf32, a, b, c, at);
 }
 
-template <class T>
-void atomic_add(simt::Pointer<T> target, T value) {
+template <class T, class F>
+void atomic_update(simt::Pointer<T> target, const F& update) {
   simt::check_access(target.region(), target.address(), sizeof(T), alignof(T), simt::Access::kAtomic);
   T old;
   std::memcpy(&old, reinterpret_cast<const void*>(target.address()), sizeof(T));
-  target.write(old + value, alignof(T), simt::Access::kAtomic);
+  target.write(update(old), alignof(T), simt::Access::kAtomic);
+}
+template <class T>
+void atomic_add(simt::Pointer<T> target, T value) {
+  atomic_update(target, [value](T old) { return old + value; });
+}
+inline void atomic_min(simt::Pointer<int> target, int value) {
+  atomic_update(target, [value](int old) { return old < value ? old : value; });
+}
+inline void atomic_max(simt::Pointer<int> target, int value) {
+  atomic_update(target, [value](int old) { return old > value ? old : value; });
 }
 
 inline void fail_code(int64_t code, int64_t size) {

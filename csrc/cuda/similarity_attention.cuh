@@ -181,16 +181,25 @@ struct Rows {
     }
   }
 
-  // Whether the pieces that this thread copied hold NaN or infinity.
-  static BBQ_DEVICE bool is_spoiled(Shared<const T> tile, int rows) {
-    uint32_t spoiled = 0;
+  // Puts zeros in place of NaN and infinity in the pieces that this thread copied: f(row, column) for each.
+  template <class F>
+  static BBQ_DEVICE void clean(Shared<T> tile, int rows, const F& f) {
     for (int i = gpu::thread_index(); i < rows * kPieces; i += gpu::block_threads()) {
-      const gpu::Four<uint32_t> words =
-          gpu::load4(gpu::cast<const uint32_t>(tile + (i / kPieces) * kStride + (i % kPieces) * kPiece<T>));
+      const int row = i / kPieces, d = (i % kPieces) * kPiece<T>;
+      const Shared<T> piece = tile + row * kStride + d;
+      const gpu::Four<uint32_t> words = gpu::load4(gpu::cast<const uint32_t>(piece));
+      uint32_t spoiled = 0;
       BBQ_UNROLL
       for (int w = 0; w < 4; ++w) spoiled |= has_no_number(words.v[w]);
+      if (spoiled == 0) continue;
+      BBQ_UNROLL_BY(1)
+      for (int e = 0; e < kPiece<T>; ++e) {
+        const float value = to_float(T(piece[e]));
+        if (value - value == 0) continue;
+        piece[e] = T{};
+        f(row, d + e);
+      }
     }
-    return spoiled != 0;
   }
 
   // Writes kColumns columns of `count` rows of a warp; `width` of them exist.
@@ -290,19 +299,6 @@ struct Operands {
     result[0] = {{words[0], words[1]}};
     result[1] = {{words[2], words[3]}};
   }
-  // What `right_across` gave, with zeros in the steps that are not wanted.
-  template <class F>
-  static BBQ_DEVICE Right keep(const Right& right, const F& is_wanted) {
-    const int first = 2 * (gpu::lane_index() % 4);
-    Right result;
-    BBQ_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t mask =
-          (is_wanted(first + 8 * i) ? 0xffffu : 0u) | (is_wanted(first + 8 * i + 1) ? 0xffff0000u : 0u);
-      result.v[i] = right.v[i] & mask;
-    }
-    return result;
-  }
   static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, const Accumulator& c);
 
  private:
@@ -379,18 +375,6 @@ struct Operands<float> {
       }
     }
   }
-  template <class F>
-  static BBQ_DEVICE Right keep(const Right& right, const F& is_wanted) {
-    const int t = gpu::lane_index() % 4;
-    Right result;
-    BBQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const bool wanted = is_wanted(8 * (i / 2) + 2 * t + i % 2);
-      result.high[i] = wanted ? right.high[i] : 0;
-      result.low[i] = wanted ? right.low[i] : 0;
-    }
-    return result;
-  }
   static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, Accumulator sum) {
     const auto half_of = [](const uint32_t (&words)[8], int h) {
       return gpu::Left{{words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]}};
@@ -465,37 +449,17 @@ struct Products {
     }
   }
 
-  // The same where a zero on the left does not keep what is on the right out, because that is NaN or infinity: one row
-  // after the other, with zeros in place of what the row does not see. sees(slab, row, step) speaks of this lane's.
-  template <int kGroups, int kColumnGroups, class F>
-  static BBQ_DEVICE void add_row_by_row(const Accumulator (&left)[kSlabs][kGroups], Shared<const T> right,
-                                        Accumulator (&sums)[kSlabs][kColumnGroups], const F& sees) {
-    const int g = gpu::lane_index() / 4;
-    BBQ_UNROLL_BY(1)
-    for (int row = 0; row < 16; ++row) {
+  // Makes NaN of the columns of rows that see what is not a number: sees(slab, half, mark of the column).
+  template <int kColumnGroups, class F>
+  static BBQ_DEVICE void spoil(Accumulator (&sums)[kSlabs][kColumnGroups], Shared<const int> marks, const F& sees) {
+    BBQ_UNROLL
+    for (int n = 0; n < kColumnGroups; ++n) {
+      const gpu::Two<int> mark = gpu::load2(marks + 8 * n + 2 * (gpu::lane_index() % 4));
       BBQ_UNROLL
       for (int m = 0; m < kSlabs; ++m) {
         BBQ_UNROLL
-        for (int n = 0; n < kColumnGroups; n += 2) {
-          Accumulator part[2] = {};
-          BBQ_UNROLL
-          for (int k = 0; k < kGroups; k += 2) {
-            typename Ops::Right b[2];
-            Ops::right_across(right + 8 * k * kStride + 8 * n, kStride, b);
-            const typename Ops::Left a = Ops::left(left[m][k], left[m][k + 1]);
-            BBQ_UNROLL
-            for (int u = 0; u < 2; ++u) {
-              part[u] =
-                  Ops::multiply(a, Ops::keep(b[u], [&](int step) { return sees(m, row, 8 * k + step); }), part[u]);
-            }
-          }
-          BBQ_UNROLL
-          for (int u = 0; u < 2; ++u) {
-            BBQ_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              if (g + 8 * (i / 2) == row) sums[m][n + u].v[i] = gpu::add(sums[m][n + u].v[i], part[u].v[i]);
-            }
-          }
+        for (int i = 0; i < 4; ++i) {
+          if (sees(m, i / 2, mark.v[i % 2])) sums[m][n].v[i] = gpu::quiet_nan();
         }
       }
     }
@@ -659,9 +623,9 @@ struct Terms {
         }
       }
     }
-    for (int c = 0; c < p.channel_count; ++c) {
+    Shared<const float> values = table(0);
+    for (int c = 0; c < p.channel_count; ++c, values = values + kTableSlots) {
       const float factor = c == 0 ? p.scale : 1.0f;
-      const Shared<const float> values = table(c);
       for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) {
         scores[m][n].v[i] = gpu::fused_multiply_add(scores[m][n].v[i], factor, values[bucket]);
       });
@@ -744,6 +708,7 @@ struct Terms {
         const Global<const float> own = own_is_query ? channel.query_vectors : channel.key_vectors;
         const Global<const float> other = own_is_query ? channel.key_vectors : channel.query_vectors;
         float sums[4][4] = {};
+        BBQ_UNROLL_BY(1)
         for (int64_t d = 0; d < channel.width; ++d) {
           float a[4], b[4];
           BBQ_UNROLL
@@ -869,13 +834,14 @@ struct AttentionForward {
   };
 
   struct Plan {
-    int queries, keys, values, terms;
+    int queries, keys, values, marks, terms;
     BBQ_HOST_DEVICE explicit Plan(int warps) {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       queries = 0;
       keys = queries + warps * kWarpRows * kRowBytes;
       values = keys + 2 * kTile * kRowBytes;
-      terms = values + 2 * kTile * kRowBytes;
+      marks = values + 2 * kTile * kRowBytes;
+      terms = marks + kWidth * 4;
     }
   };
   static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
@@ -938,16 +904,28 @@ struct AttentionForward {
       terms.load_tables(place.head);
       copy_tile(0, 0);
     }
+    // Where a row does not see all of a tile, a zero weight would not keep NaN and infinity out of its sums: values
+    // that are no numbers are left out, and marked with the first of their keys, for the rows that do see them.
+    const Shared<int> marks = gpu::shared_at<int>(plan.marks);
+    for (int d = gpu::thread_index(); d < kWidth; d += gpu::block_threads()) marks[d] = s.columns;
+    bool spoiled = false;
     int stage = 0;
     for (int first = 0; first < columns; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
       copy_tile(first + kTile, stage ^ 1);
-      const Shared<const T> value = values + stage * kTile * TileRows::kStride;
+      const Shared<T> value = values + stage * kTile * TileRows::kStride;
       const int count = least(kTile, columns - first);
       terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
-      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(value, kTile));
+      if (on_diagonal) {
+        bool found = false;
+        TileRows::clean(value, kTile, [&](int row, int d) {
+          found = true;
+          gpu::atomic_min(marks + d, first + row);
+        });
+        spoiled = gpu::sync_threads_or(found) || spoiled;
+      }
       BBQ_UNROLL_BY(1)
       for (int part = 0; part < kTile && first + part < warp_columns; part += kOthers) {
         Accumulator scores[kSlabs][kGroups];
@@ -1013,15 +991,14 @@ struct AttentionForward {
             }
           }
         }
-        if (spoiled) {
-          Product::add_row_by_row(scores, value + part * TileRows::kStride, sums,
-                                  [&](int m, int row, int step) { return step < seen(m, row); });
-        } else {
-          Product::add(scores, value + part * TileRows::kStride, sums);
-        }
+        Product::add(scores, value + part * TileRows::kStride, sums);
       }
     }
     gpu::async_wait<0>();
+    if (spoiled) {
+      Product::spoil(sums, marks,
+                     [&](int m, int half, int key) { return key < seen_by(p, s, first_row + 16 * m + 8 * half + g); });
+    }
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the output goes out through them
     Product::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half) {
@@ -1066,14 +1043,15 @@ struct AttentionQueries {
   };
 
   struct Plan {
-    int queries, grads, keys, values, terms;
+    int queries, grads, keys, values, marks, terms;
     BBQ_HOST_DEVICE explicit Plan(int warps) {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       queries = 0;
       grads = queries + warps * kWarpRows * kRowBytes;
       keys = grads + warps * kWarpRows * kRowBytes;
       values = keys + 2 * kTile * kRowBytes;
-      terms = values + 2 * kTile * kRowBytes;
+      marks = values + 2 * kTile * kRowBytes;
+      terms = marks + kWidth * 4;
     }
   };
   static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
@@ -1160,16 +1138,26 @@ struct AttentionQueries {
     Accumulator sums[kSlabs][kColumnGroups];
     BBQ_UNROLL
     for (int n = 0; n < kColumnGroups; ++n) sums[0][n] = {};
+    const Shared<int> marks = gpu::shared_at<int>(plan.marks);  // as in the forward, of keys
+    for (int d = gpu::thread_index(); d < kWidth; d += gpu::block_threads()) marks[d] = s.columns;
+    bool spoiled = false;
     int stage = 0;
     for (int first = 0; first < columns; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
       copy_tile(first + kTile, stage ^ 1);
-      const Shared<const T> key = keys + stage * kTile * TileRows::kStride;
+      const Shared<T> key = keys + stage * kTile * TileRows::kStride;
       const int count = least(kTile, columns - first);
       terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, place.first) < first + count;
-      const bool spoiled = on_diagonal && gpu::sync_threads_or(TileRows::is_spoiled(key, kTile));
+      if (on_diagonal) {
+        bool found = false;
+        TileRows::clean(key, kTile, [&](int row, int d) {
+          found = true;
+          gpu::atomic_min(marks + d, first + row);
+        });
+        spoiled = gpu::sync_threads_or(found) || spoiled;
+      }
       BBQ_UNROLL_BY(1)
       for (int part = 0; part < kTile && first + part < warp_columns; part += kOthers) {
         Accumulator scores[kSlabs][kGroups], grad_scores[kSlabs][kGroups];
@@ -1200,15 +1188,14 @@ struct AttentionQueries {
             }
           }
         }
-        if (spoiled) {
-          Product::add_row_by_row(grad_scores, key + part * TileRows::kStride, sums,
-                                  [&](int, int row, int step) { return step < seen(row); });
-        } else {
-          Product::add(grad_scores, key + part * TileRows::kStride, sums);
-        }
+        Product::add(grad_scores, key + part * TileRows::kStride, sums);
       }
     }
     gpu::async_wait<0>();
+    if (spoiled) {
+      Product::spoil(sums, marks,
+                     [&](int, int half, int key) { return key < seen_by(p, s, first_row + 8 * half + g); });
+    }
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the gradients go out through them
     Product::put(sums, queries + warp_row * TileRows::kStride,
@@ -1243,7 +1230,7 @@ struct AttentionKeys {
   };
 
   struct Plan {
-    int keys, values, queries, grads, statistics, sums, terms;
+    int keys, values, queries, grads, statistics, marks, sums, terms;
     BBQ_HOST_DEVICE Plan(int warps, int entries) {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       keys = 0;
@@ -1251,7 +1238,8 @@ struct AttentionKeys {
       queries = values + warps * kWarpRows * kRowBytes;
       grads = queries + 2 * kTile * kRowBytes;
       statistics = grads + 2 * kTile * kRowBytes;
-      sums = statistics + 2 * kTile * static_cast<int>(sizeof(Statistics));
+      marks = statistics + 2 * kTile * static_cast<int>(sizeof(Statistics));
+      sums = marks + 2 * kWidth * 4;
       terms = sums + warps * entries * 8;
       terms = (terms + 15) / 16 * 16;
     }
@@ -1355,6 +1343,10 @@ struct AttentionKeys {
       terms.load_tables(place.head);
       copy_tile(begin, 0);
     }
+    // As in the forward, of queries and of gradients of the output: the last of their rows.
+    const Shared<int> marks = gpu::shared_at<int>(plan.marks);
+    for (int d = gpu::thread_index(); d < 2 * kWidth; d += gpu::block_threads()) marks[d] = -1;
+    bool spoiled = false;
     int stage = 0;
     for (int first = begin; first < s.rows; first += kTile, stage ^= 1) {
       gpu::async_wait<0>();
@@ -1365,14 +1357,25 @@ struct AttentionKeys {
       // The tile is there for all, and nobody reads the one before any more.
       const bool some_dead = gpu::sync_threads_or(attends_to_nothing);
       copy_tile(first + kTile, stage ^ 1);
-      const Shared<const T> query = queries + stage * kTile * TileRows::kStride;
-      const Shared<const T> grad = grads + stage * kTile * TileRows::kStride;
+      const Shared<T> query = queries + stage * kTile * TileRows::kStride;
+      const Shared<T> grad = grads + stage * kTile * TileRows::kStride;
       const Shared<const float> known = statistics + 4 * stage * kTile;
       const int count = least(kTile, s.rows - first);
       terms.fill_tiles(s.key_token + place.first, live, s.query_token + first, count);
       const bool on_diagonal = p.is_causal && seen_by(p, s, first) < place.first + live;
-      const bool spoiled = (on_diagonal || some_dead) && gpu::sync_threads_or(TileRows::is_spoiled(query, kTile) ||
-                                                                              TileRows::is_spoiled(grad, kTile));
+      if (on_diagonal || some_dead) {
+        bool found = false;
+        const auto clean = [&](Shared<T> tile, Shared<int> of_columns) {
+          TileRows::clean(tile, kTile, [&](int row, int d) {
+            if (known[4 * row] == gpu::kInfinity) return;  // attends to nothing: nobody sees it
+            found = true;
+            gpu::atomic_max(of_columns + d, first + row);
+          });
+        };
+        clean(query, marks);
+        clean(grad, marks + kWidth);
+        spoiled = gpu::sync_threads_or(found) || spoiled;
+      }
       BBQ_UNROLL_BY(1)
       for (int part = 0; part < count && warp_row < live; part += kOthers) {
         const int first_row = first + part, rows = least(kOthers, count - part), at = part * TileRows::kStride;
@@ -1431,19 +1434,18 @@ struct AttentionKeys {
             }
           }
         }
-        const auto add = [&](const Accumulator(&left)[kSlabs][kGroups], Shared<const T> right,
-                             Accumulator(&sums)[kSlabs][kColumnGroups]) {
-          if (spoiled) {
-            Product::add_row_by_row(left, right, sums, [&](int, int row, int step) { return sees(row, step); });
-          } else {
-            Product::add(left, right, sums);
-          }
-        };
-        if (params.grad_value.data) add(weights, grad + at + first_column, value_sums);
-        if (params.grad_key.data) add(grad_scores, query + at + first_column, key_sums);
+        if (params.grad_value.data) Product::add(weights, grad + at + first_column, value_sums);
+        if (params.grad_key.data) Product::add(grad_scores, query + at + first_column, key_sums);
       }
     }
     gpu::async_wait<0>();
+    if (spoiled) {
+      const auto sees = [&](int, int half, int row) {
+        return row >= 0 && first_key + 8 * half + g < seen_by(p, s, row);
+      };
+      Product::spoil(key_sums, marks + first_column, sees);
+      Product::spoil(value_sums, marks + kWidth + first_column, sees);
+    }
 
     if (sum_tables) {
       gpu::sync_threads();

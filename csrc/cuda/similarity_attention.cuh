@@ -18,7 +18,8 @@
 // Vectors and codes that are not packed are compared by all threads of the block, one byte a pair in shared memory.
 //
 // float32 is multiplied as three products of tf32: a = high + low, ab = high·high + high·low + low·high. Partial sums
-// of 16 products are added in float32, because a tensor core rounds its sums towards zero. Scores, softmax, gradients
+// of 16 products are added in float32, because a tensor core rounds its sums towards zero. Heads of up to 32 elements
+// get five products. Scores, softmax, gradients
 // of scores and all sums are float32 for every dtype; weights and gradients of scores are rounded to the dtype of the
 // query where they enter a product. An infinite float32 may become NaN (its low part is), NaN never anything else.
 #pragma once
@@ -264,8 +265,9 @@ BBQ_DEVICE void for_tokens_beyond(const Sequence& s, const F& f) {
 
 // ---- Products of tiles ----
 
-// What m16n8k16 multiplies. Lane 4g + t holds rows g and g + 8 and columns 2t and 2t + 1 of a product.
-template <class T>
+// What m16n8k16 multiplies. Lane 4g + t holds rows g and g + 8 and columns 2t and 2t + 1 of a product. kExact matters
+// to float32 alone.
+template <class T, bool kExact>
 struct Operands {
   using Left = gpu::Left;
   using Right = gpu::Right;
@@ -299,50 +301,43 @@ struct Operands {
     result[0] = {{words[0], words[1]}};
     result[1] = {{words[2], words[3]}};
   }
-  static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, const Accumulator& c);
+  static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, const Accumulator& c) {
+    return kHalf ? gpu::multiply_half(a, b, c) : gpu::multiply_bfloat16(a, b, c);
+  }
 
  private:
-  static BBQ_DEVICE uint32_t pack(float low, float high);
+  static constexpr bool kHalf = std::is_same_v<T, Half>;
+
+  static BBQ_DEVICE uint32_t pack(float low, float high) {
+    return kHalf ? gpu::pack_half(low, high) : gpu::pack_bfloat16(low, high);
+  }
 };
 
-template <>
-BBQ_DEVICE uint32_t Operands<Half>::pack(float low, float high) {
-  return gpu::pack_half(low, high);
-}
-template <>
-BBQ_DEVICE uint32_t Operands<BFloat16>::pack(float low, float high) {
-  return gpu::pack_bfloat16(low, high);
-}
-template <>
-BBQ_DEVICE Accumulator Operands<Half>::multiply(const Left& a, const Right& b, const Accumulator& c) {
-  return gpu::multiply_half(a, b, c);
-}
-template <>
-BBQ_DEVICE Accumulator Operands<BFloat16>::multiply(const Left& a, const Right& b, const Accumulator& c) {
-  return gpu::multiply_bfloat16(a, b, c);
-}
+// Two times m16n8k8, each of three products: of 22 of the 24 bits of a float, and where kExact, of five: of all of
+// them. Steps of a sum that come from registers are in the order of a product's columns (2t, 2t + 1), so `right_across`
+// names the rows in that order.
+template <bool kExact>
+struct Operands<float, kExact> {
+  template <int kCount>
+  struct Split {
+    uint32_t high[kCount], low[kCount], rest[kCount];
 
-// Two times m16n8k8, each of three products. Steps of a sum that come from registers are in the order of a product's
-// columns (2t, 2t + 1), so `right_across` names the rows in that order.
-template <>
-struct Operands<float> {
-  struct Left {
-    uint32_t high[8], low[8];
+    BBQ_DEVICE void set(int i, float value) {
+      high[i] = gpu::to_tf32(value);
+      const float remainder = gpu::add(value, -gpu::bits_float(high[i]));
+      low[i] = gpu::to_tf32(remainder);
+      if (kExact) rest[i] = gpu::float_bits(gpu::add(remainder, -gpu::bits_float(low[i])));
+    }
   };
-  struct Right {
-    uint32_t high[4], low[4];
-  };
+  using Left = Split<8>;
+  using Right = Split<4>;
 
-  static BBQ_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
-    high = gpu::to_tf32(value);
-    low = gpu::to_tf32(gpu::add(value, -gpu::bits_float(high)));
-  }
   static BBQ_DEVICE Left left(Shared<const float> tile, int stride) {
     const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
     Left result;
     BBQ_UNROLL
     for (int i = 0; i < 8; ++i) {
-      split(tile[(g + 8 * (i % 2)) * stride + 8 * (i / 4) + t + 4 * (i / 2 % 2)], result.high[i], result.low[i]);
+      result.set(i, tile[(g + 8 * (i % 2)) * stride + 8 * (i / 4) + t + 4 * (i / 2 % 2)]);
     }
     return result;
   }
@@ -351,7 +346,7 @@ struct Operands<float> {
     BBQ_UNROLL
     for (int i = 0; i < 8; ++i) {
       const Accumulator& from = i < 4 ? first : second;
-      split(from.v[i / 2 % 2 + 2 * (i % 2)], result.high[i], result.low[i]);
+      result.set(i, from.v[i / 2 % 2 + 2 * (i % 2)]);
     }
     return result;
   }
@@ -361,7 +356,7 @@ struct Operands<float> {
     for (int u = 0; u < 2; ++u) {
       BBQ_UNROLL
       for (int i = 0; i < 4; ++i) {
-        split(tile[(8 * u + g) * stride + t + 4 * i], result[u].high[i], result[u].low[i]);
+        result[u].set(i, tile[(8 * u + g) * stride + t + 4 * i]);
       }
     }
   }
@@ -371,26 +366,32 @@ struct Operands<float> {
     for (int u = 0; u < 2; ++u) {
       BBQ_UNROLL
       for (int i = 0; i < 4; ++i) {
-        split(tile[(8 * (i / 2) + 2 * t + i % 2) * stride + 8 * u + g], result[u].high[i], result[u].low[i]);
+        result[u].set(i, tile[(8 * (i / 2) + 2 * t + i % 2) * stride + 8 * u + g]);
       }
     }
   }
   static BBQ_DEVICE Accumulator multiply(const Left& a, const Right& b, Accumulator sum) {
-    const auto half_of = [](const uint32_t (&words)[8], int h) {
+    const auto left_of = [](const uint32_t (&words)[8], int h) {
       return gpu::Left{{words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]}};
     };
-    Accumulator part{};
-    BBQ_UNROLL
-    for (int h = 0; h < 2; ++h) {  // small products first: what is rounded with them is small
-      part = gpu::multiply_tf32(half_of(a.low, h), {{b.high[2 * h], b.high[2 * h + 1]}}, part);
-      part = gpu::multiply_tf32(half_of(a.high, h), {{b.low[2 * h], b.low[2 * h + 1]}}, part);
-    }
+    const auto right_of = [](const uint32_t (&words)[4], int h) {
+      return gpu::Right{{words[2 * h], words[2 * h + 1]}};
+    };
+    Accumulator large{}, left_low{}, right_low{};
     BBQ_UNROLL
     for (int h = 0; h < 2; ++h) {
-      part = gpu::multiply_tf32(half_of(a.high, h), {{b.high[2 * h], b.high[2 * h + 1]}}, part);
+      if (kExact) {
+        left_low = gpu::multiply_tf32(left_of(a.rest, h), right_of(b.high, h), left_low);
+        right_low = gpu::multiply_tf32(left_of(a.high, h), right_of(b.rest, h), right_low);
+      }
+      left_low = gpu::multiply_tf32(left_of(a.low, h), right_of(b.high, h), left_low);
+      right_low = gpu::multiply_tf32(left_of(a.high, h), right_of(b.low, h), right_low);
+      large = gpu::multiply_tf32(left_of(a.high, h), right_of(b.high, h), large);
     }
     BBQ_UNROLL
-    for (int i = 0; i < 4; ++i) sum.v[i] = gpu::add(sum.v[i], part.v[i]);
+    for (int i = 0; i < 4; ++i) {  // the same bits if the sides are exchanged: all kernels find the same scores
+      sum.v[i] = gpu::add(sum.v[i], gpu::add(large.v[i], gpu::add(left_low.v[i], right_low.v[i])));
+    }
     return sum;
   }
 };
@@ -398,7 +399,7 @@ struct Operands<float> {
 // Products of a warp's kSlabs times 16 rows.
 template <class T, int kWidth, int kSlabs>
 struct Products {
-  using Ops = Operands<T>;
+  using Ops = Operands<T, kWidth <= 32>;  // few products leave budgets nothing to hide an error in
   static constexpr int kStride = Rows<T, kWidth>::kStride;
 
   // sums = left · rightᵀ, over the width
@@ -1091,48 +1092,51 @@ struct AttentionQueries {
       gpu::async_commit();
     };
 
-    TileRows::copy(grads, params.grad, params.grad.at(s.batch, place.head, s.query_start + place.first), p.width, live,
-                   warps * kWarpRows);
+    const auto copy_own = [&](Shared<T> tile, const HeadRows<const T>& rows) {
+      TileRows::copy(tile, rows, rows.at(s.batch, place.head, s.query_start + place.first), p.width, live,
+                     warps * kWarpRows);
+    };
+    copy_own(grads, params.grad);
+    copy_own(queries, params.output);  // until the statistics are known
     gpu::async_commit();
     if (columns > 0) {
-      TileRows::copy(queries, params.query, params.query.at(s.batch, place.head, s.query_start + place.first), p.width,
-                     live, warps * kWarpRows);
       terms.copy_own(s.query_token + place.first, live);
       terms.load_tables(place.head);
     }
     copy_tile(0, 0);
     gpu::async_wait<1>();
-    gpu::sync_threads();  // the gradients of the output are there
+    gpu::sync_threads();  // the output and its gradients are there
 
-    // Statistics, a row at a time; each lane keeps those of its two rows.
-    float high[2] = {gpu::kInfinity, gpu::kInfinity}, low[2] = {0, 0}, delta[2] = {0, 0};
-    for (int row = 0; row < kWarpRows && warp_row + row < live; ++row) {
-      const Global<const T> output = params.output.at(s.batch, place.head, s.query_start + first_row + row);
-      const Shared<const T> grad = grads + (warp_row + row) * TileRows::kStride;
-      float sum = 0;
-      for (int d = lane; d < p.width; d += gpu::kLanes) {
-        sum = gpu::fused_multiply_add(to_float(T(grad[d])), to_float(T(output[d])), sum);
-      }
-      sum = gpu::sum_over<gpu::kLanes>(sum);
+    // Statistics of the lane's two rows. Σ_j p_ij dp_ij is the gradient of the output times the output, multiplied as
+    // the gradients of weights are: where a row sees one key alone, it is that to the last bit.
+    Accumulator diagonal[kSlabs][2];
+    Product::multiply(grads + warp_row * TileRows::kStride, queries + warp_row * TileRows::kStride, diagonal);
+    float high[2], low[2], delta[2];
+    BBQ_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const Accumulator& of_half = diagonal[0][half];
+      delta[half] = gpu::shuffle(g % 2 == 0 ? of_half.v[2 * half] : of_half.v[2 * half + 1], 4 * g + g / 2);
+      high[half] = gpu::kInfinity;
+      low[half] = 0;
+      const int row = 8 * half + g;
+      if (warp_row + row >= live) continue;
       const int64_t index = row_index(p, s, place.head, first_row + row);
       const double logsumexp = params.logsumexp[index];
-      const bool nothing = logsumexp == -double{gpu::kInfinity};
-      const double in_units = logsumexp / Weight<T>::kLog;
-      const float upper = nothing ? gpu::kInfinity : static_cast<float>(in_units);
-      const float lower = nothing ? 0.0f : static_cast<float>(in_units - double{upper});
-      if (lane == 0) gpu::store4(params.statistics + 4 * index, Statistics{{upper, lower, sum, 0.0f}});
-      BBQ_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (row == 8 * half + g) {
-          high[half] = upper;
-          low[half] = lower;
-          delta[half] = sum;
-        }
+      if (logsumexp != -double{gpu::kInfinity}) {
+        const double in_units = logsumexp / Weight<T>::kLog;
+        high[half] = static_cast<float>(in_units);
+        low[half] = static_cast<float>(in_units - double{high[half]});
       }
+      if (t == 0) gpu::store4(params.statistics + 4 * index, Statistics{{high[half], low[half], delta[half], 0.0f}});
     }
     if (!params.grad_query.data) {
       gpu::async_wait<0>();
       return;
+    }
+    if (columns > 0) {
+      gpu::sync_threads();  // nobody reads the output any more
+      copy_own(queries, params.query);
+      gpu::async_commit();
     }
 
     Accumulator sums[kSlabs][kColumnGroups];

@@ -29,7 +29,7 @@ template <class T, class Array>
 HeadRows<T> head_rows(SimtQueue& queue, const char* name, const Array& array) {
   const py::ssize_t dims = array.ndim(), size = array.itemsize();
   if (size != sizeof(T)) throw py::type_error(std::string(name) + ": expected the dtype of query");
-  if (array.shape(dims - 1) > 1 && array.strides(dims - 1) != size) {
+  if (array.size() > 0 && array.shape(dims - 1) > 1 && array.strides(dims - 1) != size) {
     throw py::value_error(std::string(name) + ": expected a dense last dimension");
   }
   size_t bytes = array.size() ? size : 0;

@@ -329,8 +329,8 @@ void async_copy4(Shared<T> target, Global<U> source, int valid = 4) {
 }
 inline void async_commit() { simt::async_commit(); }
 template <int kGroupsInFlight>
-void async_wait() {
-  simt::async_wait(kGroupsInFlight);
+void async_wait(simt::Location at = simt::Location::current()) {
+  simt::async_wait(kGroupsInFlight, at);
 }
 
 inline void load_matrices(uint32_t (&words)[4], Shared<const uint16_t> row,

@@ -559,10 +559,10 @@ struct Terms {
     copy(!own_is_query, token, count, kTile, [&](int c) { return other_words(c, stage); });
   }
 
-  // Buckets of a tile in the channels that need all threads of the block, which are there when this returns.
+  // Buckets of a tile in the channels that need all threads of the block, which are there when this returns. Nobody may
+  // still be reading those of the last tile.
   BBQ_DEVICE void fill_tiles(int64_t own_token, int own_count, int64_t other_token, int other_count) const {
     if (p.tile_count == 0) return;
-    gpu::sync_threads();  // nobody reads the buckets of the last tile any more
     for (int c = 0; c < p.channel_count; ++c) {
       if (p.channels[c].form == Form::kTile) fill_tile(c, own_token, own_count, other_token, other_count);
     }
@@ -995,7 +995,6 @@ struct AttentionForward {
         Product::add(scores, value + part * TileRows::kStride, sums);
       }
     }
-    gpu::async_wait<0>();
     if (spoiled) {
       Product::spoil(sums, marks,
                      [&](int m, int half, int key) { return key < seen_by(p, s, first_row + 16 * m + 8 * half + g); });
@@ -1129,10 +1128,7 @@ struct AttentionQueries {
       }
       if (t == 0) gpu::store4(params.statistics + 4 * index, Statistics{{high[half], low[half], delta[half], 0.0f}});
     }
-    if (!params.grad_query.data) {
-      gpu::async_wait<0>();
-      return;
-    }
+    if (!params.grad_query.data) return;
     if (columns > 0) {
       gpu::sync_threads();  // nobody reads the output any more
       copy_own(queries, params.query);
@@ -1195,7 +1191,6 @@ struct AttentionQueries {
         Product::add(grad_scores, key + part * TileRows::kStride, sums);
       }
     }
-    gpu::async_wait<0>();
     if (spoiled) {
       Product::spoil(sums, marks,
                      [&](int, int half, int key) { return key < seen_by(p, s, first_row + 8 * half + g); });
@@ -1442,7 +1437,6 @@ struct AttentionKeys {
         if (params.grad_key.data) Product::add(grad_scores, query + at + first_column, key_sums);
       }
     }
-    gpu::async_wait<0>();
     if (spoiled) {
       const auto sees = [&](int, int half, int row) {
         return row >= 0 && first_key + 8 * half + g < seen_by(p, s, row);

@@ -1,5 +1,6 @@
 // The Python module _simt: for tests only, in no wheel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "simt/queue.h"
 
@@ -27,6 +28,8 @@ PYBIND11_MODULE(_simt, m) {
                                         : simt::Order::kShuffled);
   });
   m.def("set_limits", [](int processors, int shared_per_block) { simt::limits() = {processors, shared_per_block}; });
+  m.def("synchronizations", &simt::synchronizations);
+  m.def("leave_out", &simt::leave_out);
   bbq::bind_residual_quantization(m);
   bbq::bind_selftest(m);
   bbq::bind_similarity_attention(m);

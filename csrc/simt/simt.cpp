@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -72,6 +73,16 @@ Block* block = nullptr;      // that runs
 Thread* running = nullptr;   // that runs: whose accesses these are
 Thread* on_stack = nullptr;  // whose stack is in use; differs from `running` inside act_as_lane only
 Order order = Order::kForward;
+std::set<std::pair<std::string, int>> asked_for;  // synchronizations
+std::pair<std::string, int> left_out;
+
+// Remembers the place, and says whether it is to be left out.
+bool is_left_out(const char* what, Location location) {
+  std::pair<std::string, int> place{what, static_cast<int>(location.line())};
+  const bool result = place == left_out;
+  asked_for.insert(std::move(place));
+  return result;
+}
 
 #if defined(__x86_64__)
 void* scheduler_stack_pointer = nullptr;
@@ -270,6 +281,9 @@ bbq_simt_switch:
 
 void set_order(Order value) { order = value; }
 
+std::set<std::pair<std::string, int>> synchronizations() { return std::exchange(asked_for, {}); }
+void leave_out(const std::string& what, int line) { left_out = {what, line}; }
+
 void fault(const std::string& what) {
   throw Fault(running ? std::string(block->kernel) + ": " + describe(*running) + ": " + what : what);
 }
@@ -331,6 +345,7 @@ Dim grid_size() { return block->config.grid; }
 Pointer<std::byte> shared_memory() { return {reinterpret_cast<uintptr_t>(block->shared.base), &block->shared}; }
 
 void sync_threads(Location location) {
+  if (is_left_out("barrier", location)) return;
   Thread& me = *running;
   if (block->waiting && (block->barrier.line() != location.line() ||
                          std::strcmp(block->barrier.file_name(), location.file_name()) != 0)) {
@@ -347,6 +362,7 @@ void sync_threads(Location location) {
 }
 
 bool sync_threads_or(bool vote, Location location) {
+  if (is_left_out("barrier", location)) return vote;
   block->vote = block->vote || vote;
   sync_threads(location);
   return block->voted;  // no barrier can end before this thread comes to it
@@ -403,6 +419,7 @@ void act_as_lane(int lane) {
 }
 
 void sync_warp(uint32_t mask, Location location) {
+  if (is_left_out("warp barrier", location)) return;
   Warp& warp = block->warps[warp_of(running->index)];
   exchange("a warp barrier", mask, {}, [&](Slots&) { warp.time += mask == kAllLanes; }, location);
 }
@@ -434,7 +451,8 @@ void async_commit() {
   running->uncommitted.clear();
 }
 
-void async_wait(int still_in_flight) {
+void async_wait(int still_in_flight, Location location) {
+  if (is_left_out("wait", location)) return;
   auto& groups = running->groups;
   while (static_cast<int>(groups.size()) > still_in_flight) {
     for (const Copy& copy : groups.front()) {

@@ -87,6 +87,13 @@ struct Problem {
   Channel channels[kMaxChannels];
 };
 
+// The channel that an entry of the tables of one head belongs to.
+BBQ_DEVICE int channel_of(const Problem& p, int entry) {
+  int c = 0;
+  while (c + 1 < p.channel_count && p.channels[c + 1].entry <= entry) ++c;
+  return c;
+}
+
 // Rows of a tensor (batch, head, token, width) whose last dimension is dense. Strides are in elements.
 template <class T>
 struct HeadRows {
@@ -589,11 +596,11 @@ struct Terms {
       count_levels<0>(c, levels, Shared<const uint64_t>(own_words(c)) + warp_row,
                       Shared<const uint64_t>(other_words(c, stage)) + part, f);
     } else if (channel.form == Form::kPositions) {
-      for_pairs(Shared<const int64_t>(gpu::cast<const int64_t>(own_words(c))) + warp_row,
-                Shared<const int64_t>(gpu::cast<const int64_t>(other_words(c, stage))) + part,
-                [&](int m, int n, int i, int64_t a, int64_t b) {
-                  f(m, n, i, static_cast<int>(gap_bucket(a, b, channel.buckets)));
-                });
+      for_pairs<int64_t>(Shared<const int64_t>(gpu::cast<const int64_t>(own_words(c))) + warp_row,
+                         Shared<const int64_t>(gpu::cast<const int64_t>(other_words(c, stage))) + part,
+                         [&](int m, int n, int i, int64_t a, int64_t b) {
+                           f(m, n, i, static_cast<int>(gap_bucket(a, b, channel.buckets)));
+                         });
     } else {
       const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
       const Shared<const uint8_t> mine = Shared<const uint8_t>(tile(c)) + (warp_row + g) * kTile + part + 2 * t;
@@ -627,9 +634,81 @@ struct Terms {
     Shared<const float> values = table(0);
     for (int c = 0; c < p.channel_count; ++c, values = values + kTableSlots) {
       const float factor = c == 0 ? p.scale : 1.0f;
-      for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) {
-        scores[m][n].v[i] = gpu::fused_multiply_add(scores[m][n].v[i], factor, values[bucket]);
-      });
+      const auto add = [&](int m, int n, int i, float value) {
+        scores[m][n].v[i] = gpu::fused_multiply_add(scores[m][n].v[i], factor, value);
+      };
+      if (is_nested(p.channels[c])) {  // the table in registers, one choice a level
+        with_nested(c, stage, warp_row, part, [&](auto levels, auto word, auto own, auto other) {
+          constexpr int kLevels = decltype(levels)::value;
+          using Word = decltype(word);
+          float value[kLevels + 1];
+          BBQ_UNROLL
+          for (int l = 0; l <= kLevels; ++l) value[l] = values[l];
+          Word mask[kLevels];
+          read_masks(c, mask);
+          for_pairs<Word>(own, other, [&](int m, int n, int i, Word a, Word b) {
+            float chosen = value[0];
+            BBQ_UNROLL
+            for (int l = 0; l < kLevels; ++l) chosen = ((a ^ b) & mask[l]) == 0 ? value[l + 1] : chosen;
+            add(m, n, i, chosen);
+          });
+        });
+      } else {
+        for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) { add(m, n, i, values[bucket]); });
+      }
+    }
+  }
+
+  // Prefixes of packed codes of the usual numbers of levels: level l + 1 agrees only where level l does.
+  static BBQ_DEVICE bool is_nested(const Channel& c) {
+    const int levels = c.buckets - 1;
+    if (c.kind != Kind::kPrefix) return false;
+    return c.form == Form::kNarrowWords ? levels >= 2 && levels <= 4 : c.form == Form::kWords && levels == 4;
+  }
+  // f(levels as a constant, a word, own words, other words) of such a channel, for `for_pairs`.
+  template <class F>
+  BBQ_DEVICE void with_nested(int c, int stage, int warp_row, int part, const F& f) const {
+    const Channel& channel = p.channels[c];
+    if (channel.form == Form::kWords) {
+      f(std::integral_constant<int, 4>{}, uint64_t{}, Shared<const uint64_t>(own_words(c)) + warp_row,
+        Shared<const uint64_t>(other_words(c, stage)) + part);
+      return;
+    }
+    const Shared<const uint32_t> own = gpu::cast<const uint32_t>(own_words(c)) + warp_row;
+    const Shared<const uint32_t> other = gpu::cast<const uint32_t>(other_words(c, stage)) + part;
+    if (channel.buckets == 3) {
+      f(std::integral_constant<int, 2>{}, uint32_t{}, own, other);
+    } else if (channel.buckets == 4) {
+      f(std::integral_constant<int, 3>{}, uint32_t{}, own, other);
+    } else {
+      f(std::integral_constant<int, 4>{}, uint32_t{}, own, other);
+    }
+  }
+  template <class Word, int kLevels>
+  BBQ_DEVICE void read_masks(int c, Word (&mask)[kLevels]) const {
+    const Shared<const uint64_t> all = masks(c);
+    BBQ_UNROLL
+    for (int l = 0; l < kLevels; ++l) mask[l] = static_cast<Word>(all[l]);
+  }
+
+  // f(slab, group, i, own word, other word) for every score in the registers of this lane
+  template <class Word, class F>
+  static BBQ_DEVICE void for_pairs(Shared<const Word> own, Shared<const Word> other, const F& f) {
+    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
+    Word mine[kSlabs][2];
+    BBQ_UNROLL
+    for (int m = 0; m < kSlabs; ++m) {
+      BBQ_UNROLL
+      for (int half = 0; half < 2; ++half) mine[m][half] = own[16 * m + 8 * half + g];
+    }
+    BBQ_UNROLL
+    for (int n = 0; n < kGroups; ++n) {
+      const gpu::Two<Word> theirs = gpu::load2(other + 8 * n + 2 * t);
+      BBQ_UNROLL
+      for (int m = 0; m < kSlabs; ++m) {
+        BBQ_UNROLL
+        for (int i = 0; i < 4; ++i) f(m, n, i, mine[m][i / 2], theirs.v[i % 2]);
+      }
     }
   }
 
@@ -651,34 +730,12 @@ struct Terms {
     }
   }
 
-  // f(slab, group, i, own word, other word)
-  template <class Word, class F>
-  static BBQ_DEVICE void for_pairs(Shared<const Word> own, Shared<const Word> other, const F& f) {
-    const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
-    Word mine[kSlabs][2];
-    BBQ_UNROLL
-    for (int m = 0; m < kSlabs; ++m) {
-      BBQ_UNROLL
-      for (int half = 0; half < 2; ++half) mine[m][half] = own[16 * m + 8 * half + g];
-    }
-    BBQ_UNROLL
-    for (int n = 0; n < kGroups; ++n) {
-      const gpu::Two<Word> theirs = gpu::load2(other + 8 * n + 2 * t);
-      BBQ_UNROLL
-      for (int m = 0; m < kSlabs; ++m) {
-        BBQ_UNROLL
-        for (int i = 0; i < 4; ++i) f(m, n, i, mine[m][i / 2], theirs.v[i % 2]);
-      }
-    }
-  }
-
   template <int kLevels, class Word, class F>
   BBQ_DEVICE void count_levels(int c, int levels, Shared<const Word> own, Shared<const Word> other, const F& f) const {
     const Shared<const uint64_t> all = masks(c);
     Word mask[kLevels > 0 ? kLevels : 1];
-    BBQ_UNROLL
-    for (int l = 0; l < kLevels; ++l) mask[l] = static_cast<Word>(all[l]);
-    for_pairs(own, other, [&](int m, int n, int i, Word a, Word b) {
+    if constexpr (kLevels > 0) read_masks(c, mask);
+    for_pairs<Word>(own, other, [&](int m, int n, int i, Word a, Word b) {
       const Word different = a ^ b;
       int agree = 0;
       if constexpr (kLevels > 0) {
@@ -1270,15 +1327,26 @@ struct AttentionKeys {
         }
       }
     }
-    float mine = 0;  // lane b takes bucket b
+    add_sums(sums, first, count, table);
+  }
+
+  // Adds the lanes' sums of kMany buckets to those of the warp.
+  template <int kMany>
+  static BBQ_DEVICE void add_sums(float (&sums)[kMany], int first, int count, Shared<double> table) {
+    const int lane = gpu::lane_index();
     BBQ_UNROLL
-    for (int b = 0; b < kMany; ++b) {
-      const float sum = gpu::sum_over<gpu::kLanes>(sums[b]);
-      if (gpu::lane_index() == b) mine = sum;
+    for (int half = kMany / 2; half > 0; half /= 2) {  // lanes that differ in this bit share the sums out
+      const bool upper = lane & half;
+      BBQ_UNROLL
+      for (int b = 0; b < half; ++b) {
+        const float other = gpu::shuffle_xor(upper ? sums[b] : sums[b + half], half);
+        sums[b] = (upper ? sums[b + half] : sums[b]) + other;
+      }
     }
-    if (gpu::lane_index() < kMany && first + gpu::lane_index() < count) {
-      table[first + gpu::lane_index()] += double{mine};
-    }
+    float mine = sums[0];  // of bucket lane % kMany
+    BBQ_UNROLL
+    for (int mask = kMany; mask < gpu::kLanes; mask *= 2) mine += gpu::shuffle_xor(mine, mask);
+    if (lane < kMany && first + lane < count) table[first + lane] += double{mine};
   }
 
   static BBQ_DEVICE void run(const Params& params) {
@@ -1418,12 +1486,31 @@ struct AttentionKeys {
         }
         if (sum_tables) {
           for (int c = 0; c < p.channel_count; ++c) {
+            const Shared<double> table = table_sums + p.channels[c].entry;
+            const int size = p.channels[c].buckets;
+            if (Channels::is_nested(p.channels[c])) {  // sums of what agrees up to a level, or further
+              terms.with_nested(c, stage, warp_row, part, [&](auto levels, auto word, auto own, auto other) {
+                constexpr int kLevels = decltype(levels)::value;
+                using Word = decltype(word);
+                float sums[kLevels < 4 ? 4 : 8] = {};
+                Word mask[kLevels];
+                terms.read_masks(c, mask);
+                Channels::template for_pairs<Word>(own, other, [&](int m, int n, int i, Word a, Word b) {
+                  const float grad = grad_scores[m][n].v[i];
+                  sums[0] += grad;
+                  BBQ_UNROLL
+                  for (int l = 0; l < kLevels; ++l) {
+                    if (((a ^ b) & mask[l]) == 0) sums[l + 1] += grad;
+                  }
+                });
+                add_sums(sums, 0, size, table);
+              });
+              continue;
+            }
             uint32_t buckets[kSlabs][kGroups] = {};
             terms.for_buckets(c, stage, warp_row, part, [&](int m, int n, int i, int bucket) {
               buckets[m][n] |= static_cast<uint32_t>(bucket) << (8 * i);
             });
-            const Shared<double> table = table_sums + p.channels[c].entry;
-            const int size = p.channels[c].buckets;
             if (size <= 4) {
               add_to_table<4>(buckets, grad_scores, 0, size, table);
             } else {
@@ -1450,9 +1537,14 @@ struct AttentionKeys {
       const Shared<double> all = gpu::shared_at<double>(plan.sums);
       const int64_t at = ((place.sequence * p.heads + place.head) * params.tiles + place.tile) * p.entries;
       for (int e = gpu::thread_index(); e < p.entries; e += gpu::block_threads()) {
-        double sum = 0;
-        for (int warp = 0; warp < warps; ++warp) sum += all[warp * p.entries + e];
-        params.table_sums[at + e] = static_cast<float>(sum);
+        const auto sum_of = [&](int entry) {
+          double sum = 0;
+          for (int warp = 0; warp < warps; ++warp) sum += all[warp * p.entries + entry];
+          return sum;
+        };
+        const Channel& channel = p.channels[channel_of(p, e)];
+        const bool less = Channels::is_nested(channel) && e + 1 < channel.entry + channel.buckets;
+        params.table_sums[at + e] = static_cast<float>(less ? sum_of(e) - sum_of(e + 1) : sum_of(e));
       }
     }
     const int count = least(kWarpRows, s.all_columns - first_key);
@@ -1495,9 +1587,7 @@ struct AddTableGradients {
     }
     for (int mask = gpu::kLanes / 2; mask > 0; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
     if (gpu::lane_index() != 0) return;
-    int c = 0;
-    while (c + 1 < p.channel_count && p.channels[c + 1].entry <= entry) ++c;
-    const Channel& channel = p.channels[c];
+    const Channel& channel = p.channels[channel_of(p, entry)];
     params.grad_biases[channel.gradient + head * channel.buckets + entry - channel.entry] = static_cast<float>(sum);
   }
 };

@@ -856,16 +856,18 @@ struct Weight {
 
 constexpr int kMaxWarps = 8;
 
-// Rows of 16 a warp (slabs), tokens of the other side in a tile, and how many of them are worked on at once, as shared
-// memory and registers allow.
+// Rows of 16 a warp (slabs), tokens of the other side in a tile, how many of them are worked on at once, and columns of
+// the results, as shared memory and registers allow. Where the columns are not all, several blocks share the rows.
 template <class T, int kWidth>
 struct Sizes {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kForwardSlabs = kWide || kWidth > 64 ? 1 : 2;
   static constexpr int kForwardTile = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 128 ? 32 : 64;
   static constexpr int kForwardAtOnce = kWidth > 128 || (kWide && kWidth > 64) ? 16 : 32;
+  static constexpr int kForwardColumns = kWide && kWidth > 128 ? 128 : kWidth;
   static constexpr int kQueriesTile = kWide ? (kWidth > 128 ? 16 : 32) : kWidth > 64 ? 32 : 64;
   static constexpr int kQueriesAtOnce = kWidth > 128 || (kWide && kWidth > 64) ? 16 : 32;
+  static constexpr int kQueriesColumns = kWide && kWidth > 128 ? 128 : kWidth;
   static constexpr int kKeysTile = kWide ? (kWidth > 64 ? 16 : 32) : kWidth > 64 ? 32 : 64;
   static constexpr int kKeysAtOnce = kWide || kWidth > 64 ? 16 : 32;
   static constexpr int kKeysColumns = kWide && kWidth > 64 ? 64 : kWidth > 128 ? 128 : kWidth;
@@ -878,7 +880,8 @@ struct AttentionForward {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
   static constexpr int kSlabs = Sizes<T, kWidth>::kForwardSlabs, kTile = Sizes<T, kWidth>::kForwardTile,
                        kOthers = Sizes<T, kWidth>::kForwardAtOnce;
-  static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
+  static constexpr int kColumns = Sizes<T, kWidth>::kForwardColumns, kParts = kWidth / kColumns;
+  static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
   using Channels = Terms<kSlabs, kTile, kOthers>;
@@ -917,9 +920,10 @@ struct AttentionForward {
       return;
     }
     const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
-    const Place place = place_of(p, gpu::block_index(), params.tiles, warps * kWarpRows);
+    const int column_part = static_cast<int>(gpu::block_index() % kParts), first_column = column_part * kColumns;
+    const Place place = place_of(p, gpu::block_index() / kParts, params.tiles, warps * kWarpRows);
     const Sequence s = sequence_at(p.layout, place.sequence);
-    if (place.tile == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+    if (place.tile == 0 && column_part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
     if (place.first >= s.all_rows) return;
 
     const Plan plan(warps);
@@ -1049,11 +1053,11 @@ struct AttentionForward {
             }
           }
         }
-        Product::add(scores, value + part * TileRows::kStride, sums);
+        Product::add(scores, value + part * TileRows::kStride + first_column, sums);
       }
     }
     if (spoiled) {
-      Product::spoil(sums, marks,
+      Product::spoil(sums, marks + first_column,
                      [&](int m, int half, int key) { return key < seen_by(p, s, first_row + 16 * m + 8 * half + g); });
     }
 
@@ -1062,16 +1066,16 @@ struct AttentionForward {
       const int row = 16 * m + 8 * half + g;
       const float sum = gpu::sum_over<4>(total[m][half]);
       const bool nothing = sum == 0 || warp_row + row >= live;
-      if (t == 0 && first_row + row < s.all_rows) {
+      if (t == 0 && column_part == 0 && first_row + row < s.all_rows) {
         params.logsumexp[row_index(p, s, place.head, first_row + row)] =
             nothing ? -double{gpu::kInfinity} : double{base[m][half]} * Weight<T>::kLog + log(double{sum});
       }
       return nothing ? 0.0f : 1.0f / sum;
     });
     gpu::sync_warp();
-    TileRows::store(queries + warp_row * TileRows::kStride, params.output,
-                    params.output.at(s.batch, place.head, s.query_start + first_row), p.width,
-                    least(kWarpRows, s.all_rows - first_row));
+    TileRows::template store<kColumns>(queries + warp_row * TileRows::kStride, params.output,
+                                       params.output.at(s.batch, place.head, s.query_start + first_row) + first_column,
+                                       p.width - first_column, least(kWarpRows, s.all_rows - first_row));
   }
 };
 
@@ -1085,7 +1089,8 @@ template <class T, int kWidth>
 struct AttentionQueries {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
   static constexpr int kSlabs = 1, kTile = Sizes<T, kWidth>::kQueriesTile, kOthers = Sizes<T, kWidth>::kQueriesAtOnce;
-  static constexpr int kGroups = kOthers / 8, kColumnGroups = kWidth / 8, kWarpRows = 16 * kSlabs;
+  static constexpr int kColumns = Sizes<T, kWidth>::kQueriesColumns, kParts = kWidth / kColumns;
+  static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
   using Channels = Terms<kSlabs, kTile, kOthers>;
@@ -1123,9 +1128,10 @@ struct AttentionQueries {
       return;
     }
     const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
-    const Place place = place_of(p, gpu::block_index(), params.tiles, warps * kWarpRows);
+    const int column_part = static_cast<int>(gpu::block_index() % kParts), first_column = column_part * kColumns;
+    const Place place = place_of(p, gpu::block_index() / kParts, params.tiles, warps * kWarpRows);
     const Sequence s = sequence_at(p.layout, place.sequence);
-    if (place.tile == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+    if (place.tile == 0 && column_part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
     if (place.first >= s.all_rows) return;
 
     const Plan plan(warps);
@@ -1183,7 +1189,8 @@ struct AttentionQueries {
         high[half] = static_cast<float>(in_units);
         low[half] = static_cast<float>(in_units - double{high[half]});
       }
-      if (t == 0) gpu::store4(params.statistics + 4 * index, Statistics{{high[half], low[half], delta[half], 0.0f}});
+      if (t == 0 && column_part == 0)
+        gpu::store4(params.statistics + 4 * index, Statistics{{high[half], low[half], delta[half], 0.0f}});
     }
     if (!params.grad_query.data) return;
     if (columns > 0) {
@@ -1245,11 +1252,11 @@ struct AttentionQueries {
             }
           }
         }
-        Product::add(grad_scores, key + part * TileRows::kStride, sums);
+        Product::add(grad_scores, key + part * TileRows::kStride + first_column, sums);
       }
     }
     if (spoiled) {
-      Product::spoil(sums, marks,
+      Product::spoil(sums, marks + first_column,
                      [&](int, int half, int key) { return key < seen_by(p, s, first_row + 8 * half + g); });
     }
 
@@ -1257,14 +1264,14 @@ struct AttentionQueries {
     Product::put(sums, queries + warp_row * TileRows::kStride,
                  [&](int, int half) { return high[half] == gpu::kInfinity ? 0.0f : p.scale; });
     gpu::sync_warp();
-    TileRows::store(queries + warp_row * TileRows::kStride, params.grad_query,
-                    params.grad_query.at(s.batch, place.head, s.query_start + first_row), p.width,
-                    least(kWarpRows, s.all_rows - first_row));
+    TileRows::template store<kColumns>(
+        queries + warp_row * TileRows::kStride, params.grad_query,
+        params.grad_query.at(s.batch, place.head, s.query_start + first_row) + first_column, p.width - first_column,
+        least(kWarpRows, s.all_rows - first_row));
   }
 };
 
-// Gradients of kColumns columns of keys and values, where a lane's registers hold no more: then several blocks share
-// the keys, and the first of them sums up the gradients of the tables.
+// Of the blocks that share keys, the first sums up the gradients of the tables.
 template <class T, int kWidth>
 struct AttentionKeys {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
@@ -1361,17 +1368,17 @@ struct AttentionKeys {
     }
     const int warps = gpu::block_threads() / gpu::kLanes, lane = gpu::lane_index(), g = lane / 4, t = lane % 4;
     const int64_t unit = gpu::block_index() / kParts;
-    const int part = static_cast<int>(gpu::block_index() % kParts), first_column = part * kColumns;
+    const int column_part = static_cast<int>(gpu::block_index() % kParts), first_column = column_part * kColumns;
     const Place place = place_of(p, unit, params.tiles, warps * kWarpRows);
     const Sequence s = sequence_at(p.layout, place.sequence);
-    if (place.tile == 0 && part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
+    if (place.tile == 0 && column_part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
 
     const Plan plan(warps, p.entries);
     const Shared<T> keys = gpu::shared_at<T>(plan.keys), values = gpu::shared_at<T>(plan.values),
                     queries = gpu::shared_at<T>(plan.queries), grads = gpu::shared_at<T>(plan.grads);
     const Shared<float> statistics = gpu::shared_at<float>(plan.statistics);
     const Channels terms{p, {plan.terms, warps * kWarpRows, p.channel_count, p.tile_count}, false};
-    const bool sum_tables = params.table_sums && part == 0;
+    const bool sum_tables = params.table_sums && column_part == 0;
     const Shared<double> table_sums = gpu::shared_at<double>(plan.sums) + gpu::warp_index() * p.entries;
     if (sum_tables) {
       for (int e = lane; e < p.entries; e += gpu::kLanes) table_sums[e] = 0.0;
@@ -1711,7 +1718,9 @@ void forward(Queue& queue, const ForwardArguments<T>& a) {
   with_width(a.problem.width, [&](auto width) {
     using Kernel = AttentionForward<T, decltype(width)::value>;
     const Grid grid = grid_of<Kernel>(queue.machine(), a.problem, a.problem.layout.rows);
-    launch<Kernel>(queue, grid, {a.problem, a.query, a.key, a.value, a.output, a.logsumexp, grid.tiles, grid.blocks});
+    launch<Kernel>(
+        queue, grid,
+        {a.problem, a.query, a.key, a.value, a.output, a.logsumexp, grid.tiles, grid.blocks * Kernel::kParts});
   });
 }
 
@@ -1728,7 +1737,7 @@ void backward(Queue& queue, const BackwardArguments<T>& a) {
       const Grid grid = grid_of<Kernel>(queue.machine(), p, p.layout.rows);
       launch<Kernel>(queue, grid,
                      {p, a.query, a.key, a.value, a.output, a.grad, a.logsumexp, a.grad_query, statistics, grid.tiles,
-                      grid.blocks});
+                      grid.blocks * Kernel::kParts});
     }
     if (!need_keys) return;
     using Kernel = AttentionKeys<T, decltype(width)::value>;

@@ -499,8 +499,9 @@ struct Products {
 // ---- Buckets ----
 
 // Terms of one head in shared memory, with the words of `own_rows` tokens of the block's own side and of two tiles of
-// kTile tokens of the other side, of which kOthers are compared at once.
-template <int kSlabs, int kTile, int kOthers>
+// kTile tokens of the other side, of which kOthers are compared at once. kSpare: there are registers for the masks of
+// words of 64 bits.
+template <int kSlabs, int kTile, int kOthers, bool kSpare = true>
 struct Terms {
   static constexpr int kGroups = kOthers / 8;
 
@@ -659,20 +660,22 @@ struct Terms {
     }
   }
 
-  // Prefixes of packed codes of the usual numbers of levels: level l + 1 agrees only where level l does.
+  // Prefixes of packed codes of the usual numbers of levels, where level l + 1 agrees only if level l does.
   static BBQ_DEVICE bool is_nested(const Channel& c) {
     const int levels = c.buckets - 1;
     if (c.kind != Kind::kPrefix) return false;
-    return c.form == Form::kNarrowWords ? levels >= 2 && levels <= 4 : c.form == Form::kWords && levels == 4;
+    return c.form == Form::kNarrowWords ? levels >= 2 && levels <= 4 : kSpare && c.form == Form::kWords && levels == 4;
   }
   // f(levels as a constant, a word, own words, other words) of such a channel, for `for_pairs`.
   template <class F>
   BBQ_DEVICE void with_nested(int c, int stage, int warp_row, int part, const F& f) const {
     const Channel& channel = p.channels[c];
-    if (channel.form == Form::kWords) {
-      f(std::integral_constant<int, 4>{}, uint64_t{}, Shared<const uint64_t>(own_words(c)) + warp_row,
-        Shared<const uint64_t>(other_words(c, stage)) + part);
-      return;
+    if constexpr (kSpare) {
+      if (channel.form == Form::kWords) {
+        f(std::integral_constant<int, 4>{}, uint64_t{}, Shared<const uint64_t>(own_words(c)) + warp_row,
+          Shared<const uint64_t>(other_words(c, stage)) + part);
+        return;
+      }
     }
     const Shared<const uint32_t> own = gpu::cast<const uint32_t>(own_words(c)) + warp_row;
     const Shared<const uint32_t> other = gpu::cast<const uint32_t>(other_words(c, stage)) + part;
@@ -1281,7 +1284,7 @@ struct AttentionKeys {
   static constexpr int kParts = kWidth / kColumns;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
-  using Channels = Terms<kSlabs, kTile, kOthers>;
+  using Channels = Terms<kSlabs, kTile, kOthers, kWidth <= 128>;
 
   struct Params {
     Problem problem;

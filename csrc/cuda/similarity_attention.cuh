@@ -473,7 +473,8 @@ struct Products {
     }
   }
 
-  // factor · sums into a tile, from where `Rows::store` takes them. is_kept(slab, half): whether a row is not zeros.
+  // factor · sums into a tile, from where `Rows::store` takes them, and zeros in rows that have none: factor_of(slab,
+  // half, factor) says whether there is one.
   template <int kColumnGroups, class F>
   static BBQ_DEVICE void put(const Accumulator (&sums)[kSlabs][kColumnGroups], Shared<T> tile, const F& factor_of) {
     const int g = gpu::lane_index() / 4, t = gpu::lane_index() % 4;
@@ -481,13 +482,14 @@ struct Products {
     for (int m = 0; m < kSlabs; ++m) {
       BBQ_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float factor = factor_of(m, half);  // 0 is a row of zeros, whatever the sums are
+        float factor = 0;
+        const bool is_kept = factor_of(m, half, factor);
         BBQ_UNROLL
         for (int n = 0; n < kColumnGroups; ++n) {
           gpu::Two<T> pair;
           BBQ_UNROLL
           for (int i = 0; i < 2; ++i) {
-            pair.v[i] = from_float<T>(factor == 0 ? 0.0f : sums[m][n].v[2 * half + i] * factor);
+            pair.v[i] = from_float<T>(is_kept ? sums[m][n].v[2 * half + i] * factor : 0.0f);
           }
           gpu::store2(tile + (16 * m + 8 * half + g) * kStride + 8 * n + 2 * t, pair);
         }
@@ -950,8 +952,8 @@ struct AttentionForward {
     };
 
     Accumulator sums[kSlabs][kColumnGroups];
-    float highest[kSlabs][2], base[kSlabs][2],
-        total[kSlabs][2];  // base: the highest, 0 where there is none
+    float highest[kSlabs][2], total[kSlabs][2];
+    float base[kSlabs][2];  // the highest, in the units of `Weight`; 0 where there is none
     BBQ_UNROLL
     for (int m = 0; m < kSlabs; ++m) {
       BBQ_UNROLL
@@ -1065,7 +1067,7 @@ struct AttentionForward {
     }
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the output goes out through them
-    Product::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half) {
+    Product::put(sums, queries + warp_row * TileRows::kStride, [&](int m, int half, float& factor) {
       const int row = 16 * m + 8 * half + g;
       const float sum = gpu::sum_over<4>(total[m][half]);
       const bool nothing = sum == 0 || warp_row + row >= live;
@@ -1073,7 +1075,8 @@ struct AttentionForward {
         params.logsumexp[row_index(p, s, place.head, first_row + row)] =
             nothing ? -double{gpu::kInfinity} : double{base[m][half]} * Weight<T>::kLog + log(double{sum});
       }
-      return nothing ? 0.0f : 1.0f / sum;
+      factor = 1.0f / sum;
+      return !nothing;
     });
     gpu::sync_warp();
     TileRows::template store<kColumns>(queries + warp_row * TileRows::kStride, params.output,
@@ -1192,8 +1195,9 @@ struct AttentionQueries {
         high[half] = static_cast<float>(in_units);
         low[half] = static_cast<float>(in_units - double{high[half]});
       }
-      if (t == 0 && column_part == 0)
+      if (t == 0 && column_part == 0) {
         gpu::store4(params.statistics + 4 * index, Statistics{{high[half], low[half], delta[half], 0.0f}});
+      }
     }
     if (!params.grad_query.data) return;
     if (columns > 0) {
@@ -1264,8 +1268,10 @@ struct AttentionQueries {
     }
 
     gpu::sync_warp();  // the warp's own queries are not read any more: the gradients go out through them
-    Product::put(sums, queries + warp_row * TileRows::kStride,
-                 [&](int, int half) { return high[half] == gpu::kInfinity ? 0.0f : p.scale; });
+    Product::put(sums, queries + warp_row * TileRows::kStride, [&](int, int half, float& factor) {
+      factor = p.scale;
+      return high[half] != gpu::kInfinity;
+    });
     gpu::sync_warp();
     TileRows::template store<kColumns>(
         queries + warp_row * TileRows::kStride, params.grad_query,
@@ -1564,7 +1570,10 @@ struct AttentionKeys {
                            float factor) {
       if (!target.data) return;
       tile = tile + warp_row * TileRows::kStride;
-      Product::put(sums, tile, [&](int, int half) { return warp_row + 8 * half + g < live ? factor : 0.0f; });
+      Product::put(sums, tile, [&](int, int half, float& factor_of_row) {
+        factor_of_row = factor;
+        return warp_row + 8 * half + g < live;
+      });
       gpu::sync_warp();
       TileRows::template store<kColumns>(tile, target,
                                          target.at(s.batch, place.head, s.key_start + first_key) + first_column,

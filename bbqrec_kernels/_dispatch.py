@@ -19,7 +19,15 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # The operators that have kernels in an implementation; the others all have them all.
 _KERNELS: dict[str, frozenset[str]] = {
-    "cuda": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
+    "cuda": frozenset(
+        {
+            "residual_quantize",
+            "residual_decode",
+            "residual_statistics",
+            "similarity_attention",
+            "similarity_attention_varlen",
+        }
+    ),
     "triton": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
 }
 

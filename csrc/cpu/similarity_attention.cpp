@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "common/attention_arguments.h"
 
 namespace bbq {
 namespace {
@@ -37,77 +38,6 @@ void run(int64_t count, int64_t scratch_floats, double work, const F& f) {
         count, [&] { return AlignedBuffer<float>(scratch_floats); },
         [&](AlignedBuffer<float>& scratch, int64_t u) { f(scratch.data(), u); });
   }
-}
-
-// ---- Terms
-
-struct Term {
-  Kind kind;
-  int64_t channels, buckets, width, bits;  // width: of what is compared, in one channel
-  const float* tables;                     // (channels, heads, buckets)
-  int64_t offset;                          // of the tables among all tables
-  Tensor query, key, boundaries;           // contiguous
-};
-
-// The operators' arguments that describe the terms, as they come.
-struct TermArguments {
-  const Tensor& biases;
-  const std::vector<Tensor>&queries, &keys, &boundaries;
-  const std::vector<int64_t>&kinds, &bits, &buckets;
-};
-
-std::vector<Term> read_terms(const TermArguments& arguments, const Tensor& biases, int64_t heads, int64_t query_tokens,
-                             int64_t key_tokens) {
-  const size_t count = arguments.kinds.size();
-  if (arguments.queries.size() != count || arguments.keys.size() != count || arguments.boundaries.size() != count ||
-      arguments.bits.size() != count || arguments.buckets.size() != count) {
-    throw std::invalid_argument("terms: expected lists of equal length");
-  }
-  std::vector<Term> terms;
-  int64_t offset = 0;
-  for (size_t t = 0; t < count; ++t) {
-    Term term;
-    term.kind = static_cast<Kind>(arguments.kinds[t]);
-    term.query = torch::stable::contiguous(arguments.queries[t]);
-    term.key = torch::stable::contiguous(arguments.keys[t]);
-    term.boundaries = torch::stable::contiguous(arguments.boundaries[t]);
-    term.bits = arguments.bits[t];
-    term.buckets = arguments.buckets[t];
-    const bool codes = term.kind == Kind::kPrefix || term.kind == Kind::kMatches;
-    const bool known = codes || term.kind == Kind::kCosine || term.kind == Kind::kGap;
-    const bool packed = term.bits != 0;
-    const bool one_value = term.kind == Kind::kGap || packed;  // a channel: a position or a word
-    const int64_t last = term.query.dim() - 1;
-    const auto fail = [t] {
-      throw std::invalid_argument("terms: tensors of term " + std::to_string(t) + " do not fit together");
-    };
-    if (!known || (packed && !codes) || last < (one_value ? 0 : 1) || term.buckets < 1 || term.buckets >= kNoBucket)
-      fail();
-    term.width = one_value ? 1 : term.query.size(last);
-    term.channels = term.query.size(one_value ? last : last - 1);
-    const ScalarType dtype = term.kind == Kind::kCosine ? ScalarType::Float : ScalarType::Long;
-    const int64_t levels = term.buckets - 1;
-    if (term.query.scalar_type() != dtype || term.key.scalar_type() != dtype ||
-        term.query.numel() != query_tokens * term.channels * term.width ||
-        term.key.numel() != key_tokens * term.channels * term.width) {
-      fail();
-    }
-    if (packed && (term.bits < 1 || levels < 1 || term.bits * levels > 64)) fail();
-    if (codes && !packed && term.width != levels) fail();
-    if (term.kind == Kind::kCosine &&
-        (term.boundaries.numel() != levels || term.boundaries.scalar_type() != ScalarType::Float)) {
-      fail();
-    }
-    term.tables = data<float>(biases) + offset;
-    term.offset = offset;
-    offset += term.channels * heads * term.buckets;
-    terms.push_back(term);
-  }
-  if (biases.numel() != offset || biases.scalar_type() != ScalarType::Float) {
-    throw std::invalid_argument("biases: got " + std::to_string(biases.numel()) + " elements, expected " +
-                                std::to_string(offset) + " of float32");
-  }
-  return terms;
 }
 
 // ---- Heads, padded (B, H, S, D) or packed (T, H, D)
@@ -154,28 +84,12 @@ class Output {
 };
 
 // ---- The problem: sequences in padded or packed tensors
-//
-// The public functions check arguments in full; the checks here keep addresses inside the tensors when an operator is
-// called directly.
-
-const Tensor& with_dims(const Tensor& query, int64_t dims) {
-  if (query.dim() != dims) {
-    throw std::invalid_argument("query: expected " + std::to_string(dims) + " dimensions, got " +
-                                std::to_string(query.dim()));
-  }
-  return query;
-}
 
 struct Problem {
-  Problem(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale)
+  // `dims`: 4 for padded tensors, 3 for packed ones.
+  Problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t dims, bool causal, double scale)
       : simd(kernels()), query(with_contiguous_rows(q)), key(with_contiguous_rows(k)), value(with_contiguous_rows(v)) {
-    const auto like = [](const Tensor& a, const Tensor& b) { return a.scalar_type() == b.scalar_type(); };
-    const auto dims = [&q](const Tensor& t) { return t.dim() == q.dim() && t.size(1) == q.size(1); };
-    if (!like(q, k) || !like(q, v) || !dims(k) || k.size(-1) != q.size(-1) || !k.sizes().equals(v.sizes()) ||
-        (q.dim() == 4 ? k.size(0) != q.size(0) : !k.sizes().equals(q.sizes()))) {
-      throw std::invalid_argument("query, key, value: expected shapes and dtypes that fit together");
-    }
-    if (q.size(-1) == 0) throw std::invalid_argument("query: expected a head size of at least 1");
+    check_heads(q, k, v, dims);
     attention.element = element_of("query", q);
     attention.query = input(query);
     attention.key = input(key);
@@ -211,7 +125,7 @@ struct Problem {
   void set_terms(const TermArguments& arguments) {
     const int64_t heads = attention.heads;
     biases = torch::stable::contiguous(arguments.biases);
-    terms = read_terms(arguments, biases, heads, query_tokens, key_tokens);
+    terms = read_terms(arguments, heads, query_tokens, key_tokens);
     const auto slots = [&](const Term& term) { return ceil_div(term.buckets + 1, simd.lanes) * simd.lanes; };
     int64_t size = 0;
     for (const Term& term : terms) size += term.channels * heads * slots(term);
@@ -225,7 +139,7 @@ struct Problem {
                             static_cast<const char*>(term.key.const_data_ptr()) + c * bytes, term.channels * term.width,
                             data<float>(term.boundaries), table, slots(term), term.offset + c * heads * term.buckets});
         for (int64_t h = 0; h < heads; ++h, table += slots(term)) {
-          std::copy_n(term.tables + (c * heads + h) * term.buckets, term.buckets, table);
+          std::copy_n(data<float>(biases) + term.offset + (c * heads + h) * term.buckets, term.buckets, table);
         }
       }
     }
@@ -236,10 +150,8 @@ struct Problem {
 
 std::vector<int64_t> clamped_lengths(const std::optional<Tensor>& lengths, int64_t batch, int64_t size) {
   std::vector<int64_t> result(batch, size);
+  check_lengths(lengths, batch);
   if (lengths.has_value()) {
-    if (lengths->numel() != batch || lengths->scalar_type() != ScalarType::Long) {
-      throw std::invalid_argument("query_lengths, key_lengths: expected one int64 for each sequence");
-    }
     const Tensor dense = torch::stable::contiguous(*lengths);
     const int64_t* values = data<int64_t>(dense);
     for (int64_t b = 0; b < batch; ++b) result[b] = std::clamp<int64_t>(values[b], 0, size);
@@ -351,12 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
                                                     const Tensor& logsumexp, const Tensor& query, const Tensor& key,
                                                     const Tensor& value, const Tensor& biases, const Needs& needs) {
   using namespace torch::stable;
-  const ScalarType dtype = query.scalar_type();
-  if (!grad.sizes().equals(query.sizes()) || !output.sizes().equals(query.sizes()) || grad.scalar_type() != dtype ||
-      output.scalar_type() != dtype || logsumexp.numel() * p.attention.width != query.numel() ||
-      logsumexp.scalar_type() != ScalarType::Double) {
-    throw std::invalid_argument("grad, output, logsumexp: expected the shapes and dtypes that the forward gave");
-  }
+  check_results(grad, output, logsumexp, query);
   const Tensor grad_rows = with_contiguous_rows(grad), output_rows = with_contiguous_rows(output);
   const Tensor sums_of_rows = contiguous(logsumexp);
   Output grad_query(query, needs.query), grad_key(key, needs.key), grad_value(value, needs.value);
@@ -468,7 +375,7 @@ std::tuple<Tensor, Tensor> padded(Tensor query, Tensor key, Tensor value, Tensor
                                   Integers buckets, MaybeTensor query_lengths, MaybeTensor key_lengths, bool is_causal,
                                   double scale) {
   const TermArguments terms{biases, term_queries, term_keys, boundaries, kinds, bits, buckets};
-  Problem p(with_dims(query, 4), key, value, is_causal, scale);
+  Problem p(query, key, value, 4, is_causal, scale);
   set_padded(p, query, key, terms, query_lengths, key_lengths);
   return forward(p, query);
 }
@@ -481,7 +388,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> padded_backward(Tensor grad, Tensor o
                                                            bool is_causal, double scale, bool need_query, bool need_key,
                                                            bool need_value, bool need_biases) {
   const TermArguments terms{biases, term_queries, term_keys, boundaries, kinds, bits, buckets};
-  Problem p(with_dims(query, 4), key, value, is_causal, scale);
+  Problem p(query, key, value, 4, is_causal, scale);
   set_padded(p, query, key, terms, query_lengths, key_lengths);
   return backward(p, grad, output, logsumexp, query, key, value, biases,
                   {need_query, need_key, need_value, need_biases});
@@ -492,7 +399,7 @@ std::tuple<Tensor, Tensor> packed(Tensor query, Tensor key, Tensor value, Tensor
                                   Integers buckets, Tensor cu_seqlens, int64_t max_seqlen, bool is_causal,
                                   double scale) {
   const TermArguments terms{biases, term_queries, term_keys, boundaries, kinds, bits, buckets};
-  Problem p(with_dims(query, 3), key, value, is_causal, scale);
+  Problem p(query, key, value, 3, is_causal, scale);
   set_packed(p, query, terms, cu_seqlens, max_seqlen);
   return forward(p, query);
 }
@@ -505,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_backward(Tensor grad, Tensor o
                                                            double scale, bool need_query, bool need_key,
                                                            bool need_value, bool need_biases) {
   const TermArguments terms{biases, term_queries, term_keys, boundaries, kinds, bits, buckets};
-  Problem p(with_dims(query, 3), key, value, is_causal, scale);
+  Problem p(query, key, value, 3, is_causal, scale);
   set_packed(p, query, terms, cu_seqlens, max_seqlen);
   return backward(p, grad, output, logsumexp, query, key, value, biases,
                   {need_query, need_key, need_value, need_biases});

@@ -65,6 +65,8 @@ BBQ_DEVICE Shared<T> shared_at(int byte) {
 }
 
 BBQ_DEVICE void sync_threads() { __syncthreads(); }
+// The same, and whether any thread says so.
+BBQ_DEVICE bool sync_threads_or(bool vote) { return __syncthreads_or(vote); }
 BBQ_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
@@ -87,13 +89,43 @@ BBQ_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BBQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 BBQ_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// Two floats rounded to float16, the first in the lower half of the word.
+// 2^x with a relative error of at most 2^-22; 0 for -infinity, NaN stays, results below 2^-126 are 0.
+BBQ_DEVICE float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Rounded to tf32, ties away from zero.
+BBQ_DEVICE uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// Two floats rounded to float16 or bfloat16, the first in the lower half of the word.
 BBQ_DEVICE uint32_t pack_half(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+BBQ_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 
 BBQ_DEVICE uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T v[2];
+};
+template <class T>
+BBQ_DEVICE Two<T> load2(const T* pointer) {
+  return *reinterpret_cast<const Two<T>*>(pointer);
+}
+template <class T>
+BBQ_DEVICE void store2(T* pointer, const Two<T>& value) {
+  *reinterpret_cast<Two<T>*>(pointer) = value;
+}
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T v[4];
@@ -133,6 +165,14 @@ BBQ_DEVICE void load_matrices(uint32_t (&words)[4], const uint16_t* row) {
                : "r"(address));
 }
 
+// The same, each matrix transposed.
+BBQ_DEVICE void load_matrices_across(uint32_t (&words)[4], const uint16_t* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
 BBQ_DEVICE Accumulator multiply_half(const Left& a, const Right& b, const Accumulator& c) {
   Accumulator d;
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -152,10 +192,24 @@ BBQ_DEVICE Accumulator multiply_bfloat16(const Left& a, const Right& b, const Ac
   return d;
 }
 
+// 16 by 8 elements of tf32 times 8 by 8.
+BBQ_DEVICE Accumulator multiply_tf32(const Left& a, const Right& b, const Accumulator& c) {
+  Accumulator d;
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d.v[0]), "=f"(d.v[1]), "=f"(d.v[2]), "=f"(d.v[3])
+      : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]), "f"(c.v[0]), "f"(c.v[1]),
+        "f"(c.v[2]), "f"(c.v[3]));
+  return d;
+}
+
 template <class T>
 BBQ_DEVICE void atomic_add(T* target, T value) {
   atomicAdd(target, value);
 }
+
+BBQ_DEVICE void atomic_min(int* target, int value) { atomicMin(target, value); }
+BBQ_DEVICE void atomic_max(int* target, int value) { atomicMax(target, value); }
 
 // A device-side assertion: the launch fails, and with it the context.
 BBQ_DEVICE void fail_code(int64_t, int64_t) {
@@ -187,6 +241,9 @@ Shared<T> shared_at(int byte) {
 }
 
 inline void sync_threads(simt::Location at = simt::Location::current()) { simt::sync_threads(at); }
+inline bool sync_threads_or(bool vote, simt::Location at = simt::Location::current()) {
+  return simt::sync_threads_or(vote, at);
+}
 inline void sync_warp(simt::Location at = simt::Location::current()) { simt::sync_warp(simt::kAllLanes, at); }
 
 template <class T>
@@ -210,13 +267,39 @@ inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
+// As wrong as the GPU's may be, by something drawn from the bits of x; exact for integers, as the GPU's is.
+inline float exp2(float x) {
+  const double exact = std::exp2(double{x});
+  if (exact < 0x1p-126) return 0.0f;
+  const double drawn = static_cast<int32_t>(float_bits(x) * 0x9e3779b1u) * 0x1p-31;
+  return static_cast<float>(x == std::floor(x) ? exact : exact * (1 + drawn * 0x1p-22));
+}
+
+inline uint32_t to_tf32(float value) { return float_bits(value != value ? quiet_nan() : round_to_tf32(value)); }
+
 inline uint32_t pack_half(float low, float high) {
   return from_float<Half>(low).bits | uint32_t{from_float<Half>(high).bits} << 16;
+}
+inline uint32_t pack_bfloat16(float low, float high) {
+  return from_float<BFloat16>(low).bits | uint32_t{from_float<BFloat16>(high).bits} << 16;
 }
 
 template <class T>
 uintptr_t address_of(simt::Pointer<T> pointer) {
   return pointer.address();
+}
+template <class T>
+struct Two {
+  T v[2];
+};
+template <class T>
+Two<std::remove_const_t<T>> load2(simt::Pointer<T> pointer) {
+  using Value = std::remove_const_t<T>;
+  return pointer.template as<const Two<Value>>().read(2 * sizeof(T));
+}
+template <class T>
+void store2(simt::Pointer<T> pointer, const Two<T>& value) {
+  pointer.template as<Two<T>>().write(value, 2 * sizeof(T));
 }
 template <class T>
 struct Four {
@@ -246,13 +329,19 @@ void async_copy4(Shared<T> target, Global<U> source, int valid = 4) {
 }
 inline void async_commit() { simt::async_commit(); }
 template <int kGroupsInFlight>
-void async_wait() {
-  simt::async_wait(kGroupsInFlight);
+void async_wait(simt::Location at = simt::Location::current()) {
+  simt::async_wait(kGroupsInFlight, at);
 }
 
 inline void load_matrices(uint32_t (&words)[4], Shared<const uint16_t> row,
                           simt::Location at = simt::Location::current()) {
   const auto loaded = simt::load_matrices(row, at);
+  for (int i = 0; i < 4; ++i) words[i] = loaded[i];
+}
+
+inline void load_matrices_across(uint32_t (&words)[4], Shared<const uint16_t> row,
+                                 simt::Location at = simt::Location::current()) {
+  const auto loaded = simt::load_matrices_across(row, at);
   for (int i = 0; i < 4; ++i) words[i] = loaded[i];
 }
 
@@ -270,13 +359,27 @@ inline Accumulator multiply_bfloat16(const Left& a, const Right& b, const Accumu
                                      simt::Location at = simt::Location::current()) {
   return multiply_tiles(simt::Tile::kBFloat16, a, b, c, at);
 }
+inline Accumulator multiply_tf32(const Left& a, const Right& b, const Accumulator& c,
+                                 simt::Location at = simt::Location::current()) {
+  return multiply_tiles(simt::Tile::kTf32, a, b, c, at);
+}
 
-template <class T>
-void atomic_add(simt::Pointer<T> target, T value) {
+template <class T, class F>
+void atomic_update(simt::Pointer<T> target, const F& update) {
   simt::check_access(target.region(), target.address(), sizeof(T), alignof(T), simt::Access::kAtomic);
   T old;
   std::memcpy(&old, reinterpret_cast<const void*>(target.address()), sizeof(T));
-  target.write(old + value, alignof(T), simt::Access::kAtomic);
+  target.write(update(old), alignof(T), simt::Access::kAtomic);
+}
+template <class T>
+void atomic_add(simt::Pointer<T> target, T value) {
+  atomic_update(target, [value](T old) { return old + value; });
+}
+inline void atomic_min(simt::Pointer<int> target, int value) {
+  atomic_update(target, [value](int old) { return old < value ? old : value; });
+}
+inline void atomic_max(simt::Pointer<int> target, int value) {
+  atomic_update(target, [value](int old) { return old > value ? old : value; });
 }
 
 inline void fail_code(int64_t code, int64_t size) {

@@ -62,7 +62,8 @@ class CudaQueue {
   template <class Kernel>
   void run(int64_t blocks, int64_t blocks_y, int threads, int shared_bytes, const typename Kernel::Params& params) {
     if (blocks > 0x7fffffff || blocks_y > 65535) {
-      throw std::invalid_argument("x: too many rows, or codebooks too many levels, for one launch on this device");
+      throw std::invalid_argument(
+          "too many rows, sequences or levels for one launch on this device; give fewer at once");
     }
     const auto kernel = &entry<Kernel>;
     if (shared_bytes > 48 * 1024) {  // more has to be asked for

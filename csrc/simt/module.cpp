@@ -1,11 +1,13 @@
 // The Python module _simt: for tests only, in no wheel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "simt/queue.h"
 
 namespace bbq {
 void bind_residual_quantization(pybind11::module_& m);
 void bind_selftest(pybind11::module_& m);
+void bind_similarity_attention(pybind11::module_& m);
 
 namespace simt {
 Limits& limits() {
@@ -26,6 +28,9 @@ PYBIND11_MODULE(_simt, m) {
                                         : simt::Order::kShuffled);
   });
   m.def("set_limits", [](int processors, int shared_per_block) { simt::limits() = {processors, shared_per_block}; });
+  m.def("synchronizations", &simt::synchronizations);
+  m.def("leave_out", &simt::leave_out);
   bbq::bind_residual_quantization(m);
   bbq::bind_selftest(m);
+  bbq::bind_similarity_attention(m);
 }

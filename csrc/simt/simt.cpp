@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -63,6 +64,7 @@ struct Block {
   std::vector<Warp> warps;
   uint32_t time = 0;  // block barriers passed
   int waiting = 0;
+  bool vote = false, voted = false;  // of those that wait at the barrier; what the last barrier found
   Location barrier;
   std::exception_ptr failure;
 };
@@ -71,6 +73,16 @@ Block* block = nullptr;      // that runs
 Thread* running = nullptr;   // that runs: whose accesses these are
 Thread* on_stack = nullptr;  // whose stack is in use; differs from `running` inside act_as_lane only
 Order order = Order::kForward;
+std::set<std::pair<std::string, int>> asked_for;  // synchronizations
+std::pair<std::string, int> left_out;
+
+// Remembers the place, and says whether it is to be left out.
+bool is_left_out(const char* what, Location location) {
+  std::pair<std::string, int> place{what, static_cast<int>(location.line())};
+  const bool result = place == left_out;
+  asked_for.insert(std::move(place));
+  return result;
+}
 
 #if defined(__x86_64__)
 void* scheduler_stack_pointer = nullptr;
@@ -192,6 +204,8 @@ void finish_barrier() {
   ++block->time;
   for (Warp& warp : block->warps) ++warp.time;
   block->waiting = 0;
+  block->voted = block->vote;
+  block->vote = false;
   for (Thread& thread : block->threads) {
     if (thread.state == State::kAtBarrier) thread.state = State::kReady;
   }
@@ -267,6 +281,9 @@ bbq_simt_switch:
 
 void set_order(Order value) { order = value; }
 
+std::set<std::pair<std::string, int>> synchronizations() { return std::exchange(asked_for, {}); }
+void leave_out(const std::string& what, int line) { left_out = {what, line}; }
+
 void fault(const std::string& what) {
   throw Fault(running ? std::string(block->kernel) + ": " + describe(*running) + ": " + what : what);
 }
@@ -310,6 +327,7 @@ void launch(const char* kernel, const Launch& config, const std::function<void()
         state.warps = std::vector<Warp>((config.threads + kWarpLanes - 1) / kWarpLanes);
         state.time = 1;
         state.waiting = 0;
+        state.vote = state.voted = false;
         for (int i = 0; i < config.threads; ++i) {
           state.threads[i].index = i;
           start(state.threads[i]);
@@ -327,6 +345,7 @@ Dim grid_size() { return block->config.grid; }
 Pointer<std::byte> shared_memory() { return {reinterpret_cast<uintptr_t>(block->shared.base), &block->shared}; }
 
 void sync_threads(Location location) {
+  if (is_left_out("barrier", location)) return;
   Thread& me = *running;
   if (block->waiting && (block->barrier.line() != location.line() ||
                          std::strcmp(block->barrier.file_name(), location.file_name()) != 0)) {
@@ -340,6 +359,13 @@ void sync_threads(Location location) {
   } else {
     to_scheduler();
   }
+}
+
+bool sync_threads_or(bool vote, Location location) {
+  if (is_left_out("barrier", location)) return vote;
+  block->vote = block->vote || vote;
+  sync_threads(location);
+  return block->voted;  // no barrier can end before this thread comes to it
 }
 
 Slot exchange(const char* name, uint32_t mask, const Slot& operand, const std::function<void(Slots&)>& finish,
@@ -393,6 +419,7 @@ void act_as_lane(int lane) {
 }
 
 void sync_warp(uint32_t mask, Location location) {
+  if (is_left_out("warp barrier", location)) return;
   Warp& warp = block->warps[warp_of(running->index)];
   exchange("a warp barrier", mask, {}, [&](Slots&) { warp.time += mask == kAllLanes; }, location);
 }
@@ -424,7 +451,8 @@ void async_commit() {
   running->uncommitted.clear();
 }
 
-void async_wait(int still_in_flight) {
+void async_wait(int still_in_flight, Location location) {
+  if (is_left_out("wait", location)) return;
   auto& groups = running->groups;
   while (static_cast<int>(groups.size()) > still_in_flight) {
     for (const Copy& copy : groups.front()) {
@@ -449,6 +477,25 @@ std::array<uint32_t, 4> load_matrices(Pointer<const uint16_t> row, Location loca
             act_as_lane(8 * matrix + r);
             const auto words = rows[8 * matrix + r].template as<const std::array<uint32_t, 4>>().read(16);
             for (int pair = 0; pair < 4; ++pair) results[4 * r + pair][matrix] = words[pair];
+          }
+        }
+      },
+      location);
+}
+
+std::array<uint32_t, 4> load_matrices_across(Pointer<const uint16_t> row, Location location) {
+  return warp_operation<Pointer<const uint16_t>, std::array<uint32_t, 4>>(
+      "a transposed matrix load", kAllLanes, row,
+      [](const auto& rows, auto& results) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          std::array<std::array<uint16_t, 8>, 8> elements;
+          for (int r = 0; r < 8; ++r) {
+            act_as_lane(8 * matrix + r);
+            elements[r] = rows[8 * matrix + r].template as<const std::array<uint16_t, 8>>().read(16);
+          }
+          for (int lane = 0; lane < kWarpLanes; ++lane) {
+            const int column = lane / 4, first = 2 * (lane % 4);
+            results[lane][matrix] = elements[first][column] | uint32_t{elements[first + 1][column]} << 16;
           }
         }
       },

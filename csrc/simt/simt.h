@@ -13,10 +13,12 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/floats.h"
@@ -117,6 +119,12 @@ class Reference {
   Pointer<T> pointer_;
 };
 
+// Synchronization that kernels of this process asked for since the last call, each place once: what it was ("barrier",
+// "warp barrier" or "wait") and the line of the kernel.
+std::set<std::pair<std::string, int>> synchronizations();
+// Leaves one of them out of the launches that follow, for tests that want it missed; {"", 0}: none.
+void leave_out(const std::string& what, int line);
+
 struct Dim {
   int64_t x = 1, y = 1, z = 1;
 };
@@ -146,6 +154,7 @@ Pointer<std::byte> shared_memory();
 [[noreturn]] void fault(const std::string& what);
 
 void sync_threads(Location location);
+bool sync_threads_or(bool vote, Location location);
 
 // Operands and results of one warp operation, lane by lane.
 using Slot = std::array<std::byte, 64>;
@@ -207,10 +216,12 @@ uint32_t ballot(bool vote, uint32_t mask, Location location);
 // `valid` bytes are read from `source`, the rest of `bytes` is filled with zeros.
 void async_copy(Pointer<std::byte> target, Pointer<const std::byte> source, int bytes, int valid);
 void async_commit();
-void async_wait(int groups_still_in_flight);
+void async_wait(int groups_still_in_flight, Location location);
 
 // Four 8x8 matrices of 16-bit elements; the rows of matrix m are named by lanes 8m to 8m + 7.
 std::array<uint32_t, 4> load_matrices(Pointer<const uint16_t> row, Location location);
+// The same, each matrix transposed.
+std::array<uint32_t, 4> load_matrices_across(Pointer<const uint16_t> row, Location location);
 
 enum class Tile { kHalf, kBFloat16, kTf32 };
 

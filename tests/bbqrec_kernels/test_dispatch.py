@@ -25,11 +25,17 @@ def test_tensors_on_a_gpu_without_a_kernel_run_in_the_reference_and_say_so_once(
         _dispatch.choose("op", "cpu", tensor)
 
 
-QUANTIZERS = ["residual_quantize", "residual_decode", "residual_statistics"]
+ON_CUDA = [
+    "residual_quantize",
+    "residual_decode",
+    "residual_statistics",
+    "similarity_attention",
+    "similarity_attention_varlen",
+]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("operator", QUANTIZERS)
+@pytest.mark.parametrize("operator", ON_CUDA)
 def test_the_cuda_library_runs_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, None))
     with FakeTensorMode():
@@ -42,7 +48,7 @@ def test_the_cuda_library_runs_where_it_is_loaded(monkeypatch: pytest.MonkeyPatc
         _dispatch.choose("op", "cuda", tensor)
 
 
-@pytest.mark.parametrize("operator", QUANTIZERS)
+@pytest.mark.parametrize("operator", ON_CUDA)
 def test_a_missing_cuda_library_gives_its_reason(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, "the CUDA library was not built: no nvcc"))
     with FakeTensorMode():

@@ -11,7 +11,7 @@ from bbqrec_kernels.similarity_attention import api, ops
 from bbqrec_kernels.testing import poisoned_outputs, simd_target, simd_targets
 from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_inputs, random_packed_inputs
 
-pytestmark = pytest.mark.usefixtures("target")
+pytestmark = pytest.mark.usefixtures("cpu_target")
 
 
 def results(inputs: AttentionInputs, impl: str) -> dict[str, Tensor]:

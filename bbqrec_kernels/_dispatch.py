@@ -20,7 +20,15 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 # The operators that have kernels in an implementation; the others all have them all.
 _KERNELS: dict[str, frozenset[str]] = {
     "cuda": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
-    "triton": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
+    "triton": frozenset(
+        {
+            "residual_quantize",
+            "residual_decode",
+            "residual_statistics",
+            "similarity_attention",
+            "similarity_attention_varlen",
+        }
+    ),
 }
 
 _NO_SUCH_KERNEL = "this version has no such kernel for it"

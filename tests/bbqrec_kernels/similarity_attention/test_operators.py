@@ -42,7 +42,7 @@ def check_operators(forward, backward, arguments: tuple, layout: str) -> None:
 def test_opcheck_padded(kinds: tuple[str, ...], masks: str, layout: str) -> None:
     inputs = random_inputs(rows=4, columns=5, kinds=kinds).require_grad()
     arguments = arguments_of(inputs, layout, *MASKS[masks])
-    check_operators(ops.similarity_attention, ops.similarity_attention_backward, arguments, layout)
+    check_operators(ops.native.similarity_attention, ops.native.similarity_attention_backward, arguments, layout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
@@ -50,7 +50,7 @@ def test_opcheck_padded(kinds: tuple[str, ...], masks: str, layout: str) -> None
 def test_opcheck_packed(kinds: tuple[str, ...], layout: str) -> None:
     inputs = random_packed_inputs([3, 0, 5], kinds=kinds).require_grad()
     arguments = arguments_of(inputs, layout, inputs.cu_seqlens, 5, True, 0.3)
-    check_operators(ops.similarity_attention_varlen, ops.similarity_attention_varlen_backward, arguments, layout)
+    check_operators(ops.native.similarity_attention_varlen, ops.native.similarity_attention_varlen_backward, arguments, layout)
 
 
 def packed_attention(query, key, value, table, gap_table, codes, positions, cu_seqlens) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_meta_and_fake_tensors_have_shapes(packed: bool, impl: str) -> None:
 
 def test_the_logsumexp_has_no_derivative() -> None:
     inputs = random_inputs(kinds=()).require_grad()
-    output, logsumexp = ops.similarity_attention(*arguments_of(inputs, "contiguous", None, None, True, 1.0))
+    output, logsumexp = ops.native.similarity_attention(*arguments_of(inputs, "contiguous", None, None, True, 1.0))
     assert output.requires_grad
     assert not logsumexp.requires_grad
 
@@ -238,15 +238,15 @@ def test_direct_calls_with_tensors_that_do_not_fit_are_refused() -> None:
     }
     for position, value in wrong.values():
         with pytest.raises(ValueError, match=r"expected|do not fit together"):
-            ops.similarity_attention(*arguments[:position], value, *arguments[position + 1 :])
-    output, logsumexp = ops.similarity_attention(*arguments)
+            ops.native.similarity_attention(*arguments[:position], value, *arguments[position + 1 :])
+    output, logsumexp = ops.native.similarity_attention(*arguments)
     for grad, result, sums in (
         (output[:1], output, logsumexp),
         (output, output.half(), logsumexp),
         (output, output, logsumexp[..., :1]),
     ):
         with pytest.raises(ValueError, match="grad, output, logsumexp: expected"):
-            ops.similarity_attention_backward(grad, result, sums, *arguments, True, True, True, True)
+            ops.native.similarity_attention_backward(grad, result, sums, *arguments, True, True, True, True)
 
 
 def test_words_with_bits_above_the_levels_stay_inside_the_table() -> None:
@@ -266,18 +266,18 @@ def test_direct_calls_with_sequences_that_do_not_fit_are_refused() -> None:
     terms = api._flatten((), query)
     for starts in ([1, 4], [0, 3], [0, 5, 4], [0, 4], []):
         with pytest.raises(ValueError, match="cu_seqlens: expected int32 values"):
-            ops.similarity_attention_varlen(
+            ops.native.similarity_attention_varlen(
                 query, query, query, *terms, torch.tensor(starts, dtype=torch.int32), 3, False, 1.0
             )
     with pytest.raises(ValueError, match="cu_seqlens: expected int32 values"):
-        ops.similarity_attention_varlen(query, query, query, *terms, torch.tensor([0, 4]), 4, False, 1.0)
+        ops.native.similarity_attention_varlen(query, query, query, *terms, torch.tensor([0, 4]), 4, False, 1.0)
 
 
 def test_rows_that_attend_to_nothing_have_a_logsumexp_of_minus_infinity() -> None:
     inputs = random_inputs(batch=2, rows=4, kinds=())
     masks = (torch.tensor([4, 1]), torch.tensor([0, 4]), False, 1.0)
     with poisoned_outputs():
-        _, logsumexp = ops.similarity_attention(*arguments_of(inputs, "contiguous", *masks))
+        _, logsumexp = ops.native.similarity_attention(*arguments_of(inputs, "contiguous", *masks))
     nothing = torch.tensor([[True] * 4, [False, True, True, True]])[:, None].expand(2, 2, 4)
     assert torch.equal(logsumexp == -torch.inf, nothing)
     assert logsumexp[~nothing].isfinite().all()

@@ -249,7 +249,7 @@ def _similarity_attention_cases() -> Iterator[Case]:
         compared = tuple("*fp32" if channel[0] == 2 else "*i64" for channel in channels)
         types |= {"queries": compared, "keys": compared, "boundaries": ("*fp32",) * len(channels)}
         types |= {"query_lengths": None, "key_lengths": None, "starts": "*i32" if packed else None}
-        constants = {"CHANNELS": channels, "PACKED": packed, "IS_CAUSAL": True} | constants
+        constants = {"CHANNELS": channels, "PACKED": packed, "IS_CAUSAL": True, "COMPILED": True} | constants
         units = constants.get("BLOCK_ROWS", 0) * constants.get("BLOCK_KEYS", 0) / (32 * constants["num_warps"])
         name = f"D={constants['WIDTH']} {kinds} {dtype}" + (" packed" if packed else "")
         return Case(name, kernel, types, constants, attention.OPTIONS, "score", units)
@@ -275,8 +275,8 @@ def _similarity_attention_cases() -> Iterator[Case]:
         yield case(
             attention._forward_kernel, attention.forward_constants(width, torch_dtype), channels, kinds, dtype, packed
         )
-        sums = attention.sums_of(channels) if channels else []
-        some = {"ALL_SUMS": len(sums), "FIRST_SUM": 0, "SUMS": tuple(sums[: attention._SUMS])}
+        sums = attention.sums_of(channels)
+        some = {"ALL_SUMS": 1 + len(sums), "FIRST_SUM": 1, "SUMS": tuple(sums[: attention._SUMS])}
         some |= {"PREPARES": True, "NEED_QUERY": True}
         constants = attention.backward_rows_constants(width, torch_dtype) | some
         yield case(attention._backward_rows_kernel, constants, channels, kinds, dtype, packed)

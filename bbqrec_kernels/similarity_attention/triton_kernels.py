@@ -37,10 +37,9 @@ _WIDTH = tl.constexpr(3)  # of what is compared
 _STRIDE = tl.constexpr(4)  # elements from token to token
 _OFFSET = tl.constexpr(5)  # of the channel, within a token
 _TABLE = tl.constexpr(6)  # entries of one head in the tables before it
-_SUM = tl.constexpr(7)  # where its sums of score gradients are, among those of all channels
-_MASKS = tl.constexpr(8)  # bits of each level in packed words; for a prefix, with those of the levels before
-_IS_NARROW = tl.constexpr(9)  # whether 32 bits of a word are enough
-_IS_LONG = tl.constexpr(10)  # whether its table is looked up in memory
+_SUM = tl.constexpr(7)  # the first of its sums of score gradients, among those of all channels
+_WORD = tl.constexpr(8)  # bits of a packed word that are looked at: 32 where these are enough, or 64
+_IS_LONG = tl.constexpr(9)  # whether its table is looked up in memory
 
 _CHAIN = 17  # buckets of the longest chain of selects; tables that are longer stay in memory
 _SUMS = 16  # sums of score gradients that one pass over the scores keeps in registers
@@ -50,13 +49,34 @@ _SUMS = 16  # sums of score gradients that one pass over the scores keeps in reg
 
 
 @triton.jit
-def _words(pointers, token, inside, CHANNELS: tl.constexpr):
-    """For each channel the packed words or positions of some tokens `[N]`; the tokens where there is not one number."""
+def _hide(numbers, COMPILED: tl.constexpr):
+    """The same numbers, of which the compiler knows nothing.
+
+    LLVM would compare many at once and pack the answers into words, which costs more than all selects; and it would
+    keep answers in place of comparing again. The interpreter cannot run assembly, and needs none.
+    """
+    if not COMPILED:
+        return numbers
+    elif numbers.dtype == tl.int64:
+        return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [numbers], numbers.dtype, is_pure=True, pack=1)
+    elif numbers.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [numbers], numbers.dtype, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=True, pack=1)
+
+
+@triton.jit
+def _words(pointers, token, inside, CHANNELS: tl.constexpr, AGAIN: tl.constexpr):
+    """For each channel the packed words or positions of some tokens `[N]`; the tokens where there is not one number.
+
+    AGAIN has them loaded once more, where the compiler would otherwise know that it has them already.
+    """
     words = ()
     for c in tl.static_range(len(CHANNELS)):
         if CHANNELS[c][_BITS] > 0 or CHANNELS[c][_KIND] == _GAP:
-            word = tl.load(pointers[c] + token * CHANNELS[c][_STRIDE] + CHANNELS[c][_OFFSET], inside, 0)
-            if CHANNELS[c][_IS_NARROW]:
+            at = pointers[c] + token * CHANNELS[c][_STRIDE] + CHANNELS[c][_OFFSET]
+            word = tl.load(at, inside, 0, volatile=AGAIN)
+            if CHANNELS[c][_WORD] == 32:
                 word = word.to(tl.int32)
             words = words + (word,)
         else:
@@ -65,44 +85,48 @@ def _words(pointers, token, inside, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def _load_all(pointer, COUNT: tl.constexpr):
+    numbers = ()
+    for k in tl.static_range(COUNT):
+        numbers = numbers + (tl.load(pointer + k),)
+    return numbers
+
+
+@triton.jit
 def _tables(biases, head, heads, CHANNELS: tl.constexpr):
-    """For each channel the table of a head, in units of log 2; where it is long, one zero."""
+    """For each channel the table of a head; nothing where it is long."""
     tables = ()
     for c in tl.static_range(len(CHANNELS)):
-        table = ()
         if CHANNELS[c][_IS_LONG]:
-            table = (0.0,)
+            tables = tables + ((),)
         else:
-            for k in tl.static_range(CHANNELS[c][_BUCKETS]):
-                entry = biases + CHANNELS[c][_TABLE] * heads + head * CHANNELS[c][_BUCKETS] + k
-                table = table + (tl.load(entry) * _LOG2E,)
-        tables = tables + (table,)
+            entries = biases + CHANNELS[c][_TABLE] * heads + head * CHANNELS[c][_BUCKETS]
+            tables = tables + (_load_all(entries, CHANNELS[c][_BUCKETS]),)
     return tables
 
 
 @triton.jit
 def _thresholds(boundaries, CHANNELS: tl.constexpr):
-    """For each channel of similarities the boundaries; where they are many, and for other channels, one zero."""
+    """For each channel of similarities the boundaries; nothing where they are many, and for other channels."""
     thresholds = ()
     for c in tl.static_range(len(CHANNELS)):
-        threshold = (0.0,)
         if CHANNELS[c][_KIND] == _COSINE and not CHANNELS[c][_IS_LONG]:
-            for k in tl.static_range(CHANNELS[c][_BUCKETS] - 1):
-                threshold = threshold + (tl.load(boundaries[c] + k),)
-        thresholds = thresholds + (threshold,)
+            thresholds = thresholds + (_load_all(boundaries[c], CHANNELS[c][_BUCKETS] - 1),)
+        else:
+            thresholds = thresholds + ((),)
     return thresholds
 
 
 @triton.jit
-def _similarity(left, right, left_token, right_token, left_inside, right_inside, CHANNEL: tl.constexpr):
+def _similarity(left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr):
     """Products of vectors, `[LEFT, RIGHT]`."""
-    BLOCK: tl.constexpr = 16 if CHANNEL[_WIDTH] <= 16 else 32
+    BLOCK: tl.constexpr = 16 if CHANNELS[C][_WIDTH] <= 16 else 32
     total = tl.zeros([left_token.shape[0], right_token.shape[0]], tl.float32)
-    left += left_token * CHANNEL[_STRIDE] + CHANNEL[_OFFSET]
-    right += right_token * CHANNEL[_STRIDE] + CHANNEL[_OFFSET]
-    for start in range(0, CHANNEL[_WIDTH], BLOCK):
+    left += left_token * CHANNELS[C][_STRIDE] + CHANNELS[C][_OFFSET]
+    right += right_token * CHANNELS[C][_STRIDE] + CHANNELS[C][_OFFSET]
+    for start in range(0, CHANNELS[C][_WIDTH], BLOCK):
         at = start + tl.arange(0, BLOCK)
-        in_width = (at < CHANNEL[_WIDTH])[None, :]
+        in_width = (at < CHANNELS[C][_WIDTH])[None, :]
         a = tl.load(left[:, None] + at[None, :], left_inside[:, None] & in_width, 0.0)
         b = tl.load(right[:, None] + at[None, :], right_inside[:, None] & in_width, 0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
@@ -110,16 +134,16 @@ def _similarity(left, right, left_token, right_token, left_inside, right_inside,
 
 
 @triton.jit
-def _agreeing_levels(left, right, left_token, right_token, left_inside, right_inside, CHANNEL: tl.constexpr):
+def _agreeing_levels(left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr):
     """How many levels of codes that are not packed agree, `[LEFT, RIGHT]` int32."""
     count = tl.zeros([left_token.shape[0], right_token.shape[0]], tl.int32)
-    left += left_token * CHANNEL[_STRIDE] + CHANNEL[_OFFSET]
-    right += right_token * CHANNEL[_STRIDE] + CHANNEL[_OFFSET]
+    left += left_token * CHANNELS[C][_STRIDE] + CHANNELS[C][_OFFSET]
+    right += right_token * CHANNELS[C][_STRIDE] + CHANNELS[C][_OFFSET]
     going_on = count == 0
-    for level in range(CHANNEL[_WIDTH]):
+    for level in range(CHANNELS[C][_WIDTH]):
         a, b = tl.load(left + level, left_inside, -1), tl.load(right + level, right_inside, -1)
         agree = (a[:, None] == b[None, :]) & (a >= 0)[:, None]
-        if CHANNEL[_KIND] == _PREFIX:
+        if CHANNELS[C][_KIND] == _PREFIX:
             agree = agree & going_on
             going_on = agree
         count += agree.to(tl.int32)
@@ -142,70 +166,99 @@ def _bit_length(number):
 
 
 @triton.jit
+def _is_same(different, level: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr):
+    """1 where a level of packed words has no bit that is different, or 0."""
+    field = (different >> (CHANNELS[C][_BITS] * level)) << (CHANNELS[C][_WORD] - CHANNELS[C][_BITS])
+    return (field == 0).to(tl.int32)
+
+
+@triton.jit
+def _count_same(different, LEVELS: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr):
+    count = _is_same(different, 0, CHANNELS, C)
+    for level in tl.static_range(1, LEVELS):
+        count += _is_same(different, level, CHANNELS, C)
+    return count
+
+
+@triton.jit
 def _compare(
-    left, right, left_word, right_word, left_token, right_token, left_inside, right_inside, CHANNEL: tl.constexpr
+    left, right, left_word, right_word, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr
 ):
     """What `_reached` tells buckets by, `[LEFT, RIGHT]`. Queries may be on the left or on the right."""
-    if CHANNEL[_KIND] == _COSINE:
-        compared = _similarity(left, right, left_token, right_token, left_inside, right_inside, CHANNEL)
-    elif CHANNEL[_KIND] == _GAP:
+    if CHANNELS[C][_KIND] == _COSINE:
+        compared = _similarity(left, right, left_token, right_token, left_inside, right_inside, CHANNELS, C)
+    elif CHANNELS[C][_KIND] == _GAP:
         compared = _distance(left_word, right_word)
-        if CHANNEL[_IS_LONG]:
-            compared = tl.minimum(_bit_length(compared), CHANNEL[_BUCKETS] - 1)
+        if CHANNELS[C][_IS_LONG]:
+            compared = tl.minimum(_bit_length(compared), CHANNELS[C][_BUCKETS] - 1)
         else:  # of distances that differ, the low 31 bits are enough
             compared = tl.where((compared >> 31) == 0, compared.to(tl.int32), 0x7FFFFFFF)
-    elif CHANNEL[_BITS] == 0:
-        compared = _agreeing_levels(left, right, left_token, right_token, left_inside, right_inside, CHANNEL)
+    elif CHANNELS[C][_BITS] == 0:
+        compared = _agreeing_levels(left, right, left_token, right_token, left_inside, right_inside, CHANNELS, C)
     else:
         compared = left_word[:, None] ^ right_word[None, :]
-        if CHANNEL[_KIND] == _MATCHES:
-            count = ((compared & CHANNEL[_MASKS][0]) == 0).to(tl.int32)
-            for level in tl.static_range(1, CHANNEL[_BUCKETS] - 1):
-                count += ((compared & CHANNEL[_MASKS][level]) == 0).to(tl.int32)
-            compared = count
+        if CHANNELS[C][_KIND] == _MATCHES:
+            compared = _count_same(compared, CHANNELS[C][_BUCKETS] - 1, CHANNELS, C)
     return compared
 
 
 @triton.jit
-def _reached(compared, k: tl.constexpr, threshold, boundaries, CHANNEL: tl.constexpr):
-    """Whether the bucket is `k` or a later one, k >= 1."""
-    if CHANNEL[_KIND] == _COSINE:
-        if CHANNEL[_IS_LONG]:
-            reached = compared >= tl.load(boundaries + k - 1)
-        else:
-            reached = compared >= threshold[k]
-    elif CHANNEL[_KIND] == _GAP and not CHANNEL[_IS_LONG]:
-        reached = compared >= (1 << (k - 1))
-    elif CHANNEL[_KIND] == _PREFIX and CHANNEL[_BITS] > 0:
-        reached = (compared & CHANNEL[_MASKS][k - 1]) == 0
+def _first_levels(different, BITS: tl.constexpr, WORD: tl.constexpr):
+    """The lowest BITS of a word."""
+    if BITS == WORD:
+        return different
     else:
-        reached = compared >= k
+        return different & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _reached(
+    compared, k: tl.constexpr, threshold, boundaries, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr
+):
+    """Whether the bucket is `k` or a later one, k >= 1."""
+    if CHANNELS[C][_KIND] == _COSINE:
+        if CHANNELS[C][_IS_LONG]:
+            reached = _hide(compared, COMPILED) >= tl.load(boundaries + k - 1)
+        else:
+            reached = _hide(compared, COMPILED) >= threshold[k - 1]
+    elif CHANNELS[C][_KIND] == _GAP and not CHANNELS[C][_IS_LONG]:
+        reached = _hide(compared, COMPILED) >= (1 << (k - 1))
+    elif CHANNELS[C][_KIND] == _PREFIX and CHANNELS[C][_BITS] > 0:  # no bit of the first levels is different
+        reached = _hide(_first_levels(compared, CHANNELS[C][_BITS] * k, CHANNELS[C][_WORD]), COMPILED) == 0
+    else:
+        reached = _hide(compared, COMPILED) >= k
     return reached
 
 
 @triton.jit
-def _look_up(compared, table, threshold, biases, boundaries, head, heads, CHANNEL: tl.constexpr):
+def _choose(compared, table, threshold, boundaries, BUCKETS: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr):
+    value = table[0] * _LOG2E
+    for k in tl.static_range(1, BUCKETS):
+        value = tl.where(_reached(compared, k, threshold, boundaries, CHANNELS, C, COMPILED), table[k] * _LOG2E, value)
+    return value
+
+
+@triton.jit
+def _look_up(compared, table, threshold, biases, boundaries, head, heads, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr):
     """The entries of the table that pairs of tokens have, in units of log 2."""
-    if CHANNEL[_IS_LONG]:
-        entries = biases + CHANNEL[_TABLE] * heads + head * CHANNEL[_BUCKETS]
-        if CHANNEL[_KIND] == _GAP:
-            value = tl.load(entries + compared) * _LOG2E
+    if CHANNELS[C][_IS_LONG]:
+        entries = biases + CHANNELS[C][_TABLE] * heads + head * CHANNELS[C][_BUCKETS]
+        if CHANNELS[C][_KIND] == _GAP:
+            value = tl.load(entries + compared)
         else:
             value = tl.zeros(compared.shape, tl.float32) + tl.load(entries)
-            for k in range(1, CHANNEL[_BUCKETS]):
+            for k in range(1, CHANNELS[C][_BUCKETS]):
                 value = tl.where(compared >= tl.load(boundaries + k - 1), tl.load(entries + k), value)
-            value = value * _LOG2E
+        value = value * _LOG2E
     else:
-        value = table[0]
-        for k in tl.static_range(1, CHANNEL[_BUCKETS]):
-            value = tl.where(_reached(compared, k, threshold, boundaries, CHANNEL), table[k], value)
-    if CHANNEL[_KIND] == _COSINE:
+        value = _choose(compared, table, threshold, boundaries, CHANNELS[C][_BUCKETS], CHANNELS, C, COMPILED)
+    if CHANNELS[C][_KIND] == _COSINE:
         value = tl.where(compared == compared, value, float("nan"))
     return value
 
 
 @triton.jit
-def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr):
+def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr, COMPILED: tl.constexpr):
     """Scores in units of log 2, and what tells the buckets of each channel.
 
     `left` and `right` are pointers, tokens, whether these are inside, and words; `tables` is what `_look_up` needs.
@@ -214,10 +267,10 @@ def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr):
     scores = product * scale
     for c in tl.static_range(len(CHANNELS)):
         what = _compare(
-            left[0][c], right[0][c], left[3][c], right[3][c], left[1], right[1], left[2], right[2], CHANNELS[c]
+            left[0][c], right[0][c], left[3][c], right[3][c], left[1], right[1], left[2], right[2], CHANNELS, c
         )
         entries, thresholds, biases, boundaries, head, heads = tables
-        value = _look_up(what, entries[c], thresholds[c], biases, boundaries[c], head, heads, CHANNELS[c])
+        value = _look_up(what, entries[c], thresholds[c], biases, boundaries[c], head, heads, CHANNELS, c, COMPILED)
         if c == 0:
             scores = tl.fma(product, scale, value)
         else:
@@ -227,16 +280,12 @@ def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _visible(row, column, rows, columns, shift, IS_CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Whether a query row sees a key, `[ROWS, KEYS]`, or the other way round."""
-    if TRANSPOSED:
-        i, j = row[None, :], column[:, None]
-    else:
-        i, j = row[:, None], column[None, :]
-    visible = (i < rows) & (j < columns)
+def _limits(row, rows, columns, shift, IS_CAUSAL: tl.constexpr):
+    """For each row the number of keys that it sees, which are the first ones."""
+    limit = columns
     if IS_CAUSAL:
-        visible = visible & (j <= i + shift)
-    return visible
+        limit = tl.minimum(columns, row + shift + 1)
+    return tl.where(row < rows, limit, 0)
 
 
 # ---- tiles --------------------------------------------------------------------------------------------------------
@@ -275,39 +324,70 @@ def _at(pointer, strides, batch, head, token, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, strides, token, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a tensor, `[N, BLOCK_WIDTH]`, zeros where they are not inside."""
-    d = tl.arange(0, BLOCK_WIDTH)
-    at = pointer + token.to(tl.int64)[:, None] * strides[2] + d[None, :] * strides[3]
-    if MASKED:
-        return tl.load(at, inside[:, None] & (d < WIDTH)[None, :], 0.0)
+def _tile_at(pointer, strides, first, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Addresses of BLOCK tokens from `first` on, `[BLOCK, BLOCK_WIDTH]`: only their start changes in a loop."""
+    token, d = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_WIDTH)
+    return pointer + tl.cast(first, tl.int64) * strides[2] + (token[:, None] * strides[2] + d[None, :] * strides[3])
+
+
+@triton.jit
+def _tile(
+    pointer, strides, first, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Values of some tokens, `[BLOCK, BLOCK_WIDTH]`; with MASKED zeros of those that are not inside."""
+    at = _tile_at(pointer, strides, first, BLOCK, BLOCK_WIDTH)
+    in_width = (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
+    if MASKED and WIDTH < BLOCK_WIDTH:
+        return tl.load(at, inside[:, None] & in_width, 0.0)
+    elif MASKED:
+        return tl.load(at, inside[:, None], 0.0)
     elif WIDTH < BLOCK_WIDTH:
-        return tl.load(at, (d < WIDTH)[None, :], 0.0)
+        return tl.load(at, in_width, 0.0)
     else:
         return tl.load(at)
 
 
 @triton.jit
-def _store_tile(pointer, strides, token, inside, values, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    d = tl.arange(0, BLOCK_WIDTH)
-    at = pointer + token.to(tl.int64)[:, None] * strides[2] + d[None, :] * strides[3]
-    tl.store(at, values.to(pointer.dtype.element_ty), inside[:, None] & (d < WIDTH)[None, :])
+def _store_tile(
+    pointer, strides, first, inside, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    at = _tile_at(pointer, strides, first, BLOCK, BLOCK_WIDTH)
+    in_width = (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
+    tl.store(at, values.to(pointer.dtype.element_ty), inside[:, None] & in_width)
+
+
+@triton.jit
+def _clear(
+    pointer, strides, begin, end, block, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """Zeros for some tokens, by `blocks` programs."""
+    zeros = tl.zeros([BLOCK, BLOCK_WIDTH], tl.float32)
+    for first in range(begin + block * BLOCK, end, blocks * BLOCK):
+        inside = first + tl.arange(0, BLOCK) < end
+        _store_tile(pointer, strides, first, inside, zeros, WIDTH, BLOCK, BLOCK_WIDTH)
 
 
 @triton.jit
 def _clear_uncovered(
-    pointer, strides, head, starts, tokens, sequences, block, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    pointer,
+    strides,
+    head,
+    starts,
+    tokens,
+    sequences,
+    block,
+    blocks,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Zeros for the tokens that no packed sequence covers, by the programs of a sequence of none."""
-    before = tl.minimum(tl.maximum(tl.load(starts), 0), tokens)
-    after = tl.minimum(tl.maximum(tl.load(starts + sequences), before), tokens)
-    count = before + tokens - after
-    for first in range(block * BLOCK, count, blocks * BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        token = tl.where(index < before, index, after + index - before)
-        zeros = tl.zeros([BLOCK, BLOCK_WIDTH], tl.float32)
-        _store_tile(pointer + head.to(tl.int64) * strides[1], strides, token, index < count, zeros, WIDTH, BLOCK_WIDTH)
+    """Zeros for the tokens before and after all packed sequences."""
+    pointer += head.to(tl.int64) * strides[1]
+    begin = tl.minimum(tl.maximum(tl.load(starts), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(starts + sequences), begin), tokens)
+    _clear(pointer, strides, 0, begin, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
+    _clear(pointer, strides, end, tokens, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -346,10 +426,8 @@ def _attend(
     first,  # key of the first tile
     last,
     q,
-    row,
-    rows,
+    limit,  # [ROWS]
     columns,
-    shift,
     key,
     key_strides,
     value,
@@ -360,26 +438,26 @@ def _attend(
     tables,
     scale,
     CHANNELS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """The state after some more tiles of keys."""
     total, highest, weight = state
     for start in range(first, last, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         inside = column < columns
-        k = _tile(key, key_strides, column, inside, WIDTH, BLOCK_WIDTH, MASKED)
+        k = _tile(key, key_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
-        right = keys, token, inside, _words(keys, token, inside, CHANNELS)
-        scores, _ = _scores(product, scale, left, right, tables, CHANNELS)
+        right = keys, token, inside, _words(keys, token, inside, CHANNELS, False)
+        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         if MASKED:
-            visible = _visible(row, column, rows, columns, shift, IS_CAUSAL, False)
+            visible = column[None, :] < limit[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing
@@ -387,7 +465,7 @@ def _attend(
         shrink = tl.exp2(highest - base)
         weight = weight * shrink + tl.sum(weights, 1)
         total = total * shrink[:, None]
-        v = _tile(value, value_strides, column, inside, WIDTH, BLOCK_WIDTH, MASKED)
+        v = _tile(value, value_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
         if ONE_BY_ONE:
             total = _product_of_visible(weights, v, visible, total)
         else:
@@ -447,6 +525,7 @@ def _forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), blocks - 1 - tl.program_id(0) % blocks  # longest first
     head = tl.program_id(1)
@@ -459,8 +538,9 @@ def _forward_kernel(
 
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < read_rows
-    q = _tile(query, query_strides, row, inside, WIDTH, BLOCK_WIDTH, True)
-    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS)
+    q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    limit = _limits(row, read_rows, read_columns, shift, IS_CAUSAL)
+    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
     tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
     last_row = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, read_rows) - 1
     last_row = tl.where(block * BLOCK_ROWS < read_rows, last_row, -1)
@@ -474,8 +554,8 @@ def _forward_kernel(
     for masked in tl.static_range(2):
         state = _attend(
             state, 0 if masked == 0 else hidden, hidden if masked == 0 else end,
-            q, row, read_rows, read_columns, shift, key, key_strides, value, value_strides, key_token, keys, left,
-            tables, scale, CHANNELS, IS_CAUSAL, masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION,
+            q, limit, read_columns, key, key_strides, value, value_strides, key_token, keys, left,
+            tables, scale, CHANNELS, masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
         )
     total, highest, weight = state
     if IS_CAUSAL:
@@ -486,8 +566,8 @@ def _forward_kernel(
             state = total, highest, weight
             total, highest, weight = _attend(
                 state, 0, end,
-                q, row, read_rows, read_columns, shift, key, key_strides, value, value_strides, key_token, keys, left,
-                tables, scale, CHANNELS, IS_CAUSAL, True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION,
+                q, limit, read_columns, key, key_strides, value, value_strides, key_token, keys, left,
+                tables, scale, CHANNELS, True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
             )
     divisor = tl.where(weight == 0, 1.0, weight)
     total = total * (1.0 / divisor)[:, None]
@@ -495,7 +575,7 @@ def _forward_kernel(
     sums = (highest.to(tl.float64) + tl.log2(divisor.to(tl.float64))) * _LN2
     sums = tl.where(inside, sums, float("-inf"))
     output_at = _at(output, output_strides, batch, head, query_token, PACKED)
-    _store_tile(output_at, output_strides, row, row < all_rows, total, WIDTH, BLOCK_WIDTH)
+    _store_tile(output_at, output_strides, block * BLOCK_ROWS, row < all_rows, total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
     logsumexp_at = _at(logsumexp, logsumexp_strides, batch, head, query_token, PACKED)
     tl.store(logsumexp_at + row.to(tl.int64) * logsumexp_strides[2], sums, row < all_rows)
     if PACKED:
@@ -517,18 +597,59 @@ def _zero_sums(SUMS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add_to_sums(sums, gradient, compared, thresholds, boundaries, CHANNELS: tl.constexpr, SUMS: tl.constexpr):
-    """Adds score gradients `[ROWS, KEYS]` up, for each (channel, k) of SUMS where the bucket has reached k."""
+def _add_to_sum(
+    total,
+    gradient,
+    compared,
+    left,
+    right,
+    threshold,
+    boundaries,
+    k: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    C: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    if CHANNELS[C][_KIND] == _PREFIX and CHANNELS[C][_BITS] > 0:
+        compared = left[:, None] ^ right[None, :]
+    reached = _reached(compared, k, threshold, boundaries, CHANNELS, C, COMPILED)
+    return total + tl.sum(tl.where(reached, gradient, 0.0), 1)
+
+
+@triton.jit
+def _add_to_sums(
+    sums,
+    gradient,
+    compared,
+    again,
+    right,
+    thresholds,
+    boundaries,
+    CHANNELS: tl.constexpr,
+    SUMS: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Adds score gradients `[ROWS, KEYS]` up, for each (channel, k) of SUMS where the bucket has reached k.
+
+    Packed codes are compared once more, with `again` in place of the words of the rows: it costs one instruction, and
+    keeping the answers since `_look_up`, packed into words, costs more.
+    """
     new = ()
     for i in tl.static_range(len(SUMS)):
-        if SUMS[i][1] == 0:
-            part = gradient
-        else:
-            reached = _reached(
-                compared[SUMS[i][0]], SUMS[i][1], thresholds[SUMS[i][0]], boundaries[SUMS[i][0]], CHANNELS[SUMS[i][0]]
-            )
-            part = tl.where(reached, gradient, 0.0)
-        new = new + (sums[i] + tl.sum(part, 1),)
+        total = _add_to_sum(
+            sums[i],
+            gradient,
+            compared[SUMS[i][0]],
+            again[SUMS[i][0]],
+            right[SUMS[i][0]],
+            thresholds[SUMS[i][0]],
+            boundaries[SUMS[i][0]],
+            SUMS[i][1],
+            CHANNELS,
+            SUMS[i][0],
+            COMPILED,
+        )
+        new = new + (total,)
     return new
 
 
@@ -551,10 +672,8 @@ def _gradients_of_rows(
     logsumexp,
     rest,
     delta,
-    row,
-    rows,
+    limit,
     columns,
-    shift,
     key,
     key_strides,
     value,
@@ -562,37 +681,38 @@ def _gradients_of_rows(
     key_token,
     keys,
     left,
+    again,
     tables,
     scale,
     CHANNELS: tl.constexpr,
     SUMS: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     EXACT: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """The state after some more tiles of keys."""
     total, sums = state
     for start in range(first, last, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         inside = column < columns
-        k = _tile(key, key_strides, column, inside, WIDTH, BLOCK_WIDTH, MASKED)
-        v = _tile(value, value_strides, column, inside, WIDTH, BLOCK_WIDTH, MASKED)
+        k = _tile(key, key_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
+        v = _tile(value, value_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
-        right = keys, token, inside, _words(keys, token, inside, CHANNELS)
-        scores, compared = _scores(product, scale, left, right, tables, CHANNELS)
+        right = keys, token, inside, _words(keys, token, inside, CHANNELS, False)
+        scores, compared = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         weights = _weights(scores, logsumexp[:, None], rest[:, None], EXACT)
         gradient = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if MASKED:
-            visible = _visible(row, column, rows, columns, shift, IS_CAUSAL, False)
+            visible = column[None, :] < limit[:, None]
             gradient = tl.where(visible, gradient, 0.0)
-        sums = _add_to_sums(sums, gradient, compared, tables[1], tables[3], CHANNELS, SUMS)
+        sums = _add_to_sums(sums, gradient, compared, again, right[3], tables[1], tables[3], CHANNELS, SUMS, COMPILED)
         if NEED_QUERY:
             if ONE_BY_ONE:
                 total = _product_of_visible(gradient, k, visible, total)
@@ -635,8 +755,8 @@ def _backward_rows_kernel(
     scale,  # in units of log 2
     grad_scale,
     CHANNELS: tl.constexpr,
-    ALL_SUMS: tl.constexpr,  # how many
-    FIRST_SUM: tl.constexpr,  # of SUMS among them
+    ALL_SUMS: tl.constexpr,  # rows of partials: of all pairs, and of what has reached k, for each k >= 1 of each channel
+    FIRST_SUM: tl.constexpr,  # row of the first of SUMS
     SUMS: tl.constexpr,  # (channel, k): what is summed in this pass
     PREPARES: tl.constexpr,  # whether row_data is written in this pass
     NEED_QUERY: tl.constexpr,
@@ -648,6 +768,7 @@ def _backward_rows_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Gradients of queries, sums that gradients of tables are made of, and what _backward_keys_kernel needs of rows."""
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), blocks - 1 - tl.program_id(0) % blocks
@@ -659,8 +780,8 @@ def _backward_rows_kernel(
     inside = row < read_rows
     grad_at = _at(grad, grad_strides, batch, head, query_token, PACKED)
     output_at = _at(output, output_strides, batch, head, query_token, PACKED)
-    g = _tile(grad_at, grad_strides, row, inside, WIDTH, BLOCK_WIDTH, True)
-    o = _tile(output_at, output_strides, row, inside, WIDTH, BLOCK_WIDTH, True)
+    g = _tile(grad_at, grad_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    o = _tile(output_at, output_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     at = _at(0, logsumexp_strides, batch, head, query_token, PACKED) + row.to(tl.int64) * logsumexp_strides[2]
     exact = tl.load(logsumexp + at, inside, float("-inf")) * (1 / _LN2)
@@ -676,8 +797,10 @@ def _backward_rows_kernel(
         query = _at(query, query_strides, batch, head, query_token, PACKED)
         key = _at(key, key_strides, batch, head, key_token, PACKED)
         value = _at(value, value_strides, batch, head, key_token, PACKED)
-        q = _tile(query, query_strides, row, inside, WIDTH, BLOCK_WIDTH, True)
-        left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS)
+        q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+        limit = _limits(row, read_rows, read_columns, shift, IS_CAUSAL)
+        left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
+        again = _words(queries, query_token + row, inside, CHANNELS, True)
         tables = (
             _tables(biases, head, heads, CHANNELS),
             _thresholds(boundaries, CHANNELS),
@@ -695,27 +818,30 @@ def _backward_rows_kernel(
         for masked in tl.static_range(2):
             state = _gradients_of_rows(
                 state, 0 if masked == 0 else hidden, hidden if masked == 0 else end,
-                q, g, logsumexp_part, rest, delta, row, read_rows, read_columns, shift, key, key_strides, value,
-                value_strides, key_token, keys, left, tables, scale, CHANNELS, SUMS, NEED_QUERY, EXACT, IS_CAUSAL,
-                masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION,
+                q, g, logsumexp_part, rest, delta, limit, read_columns, key, key_strides, value,
+                value_strides, key_token, keys, left, again, tables, scale, CHANNELS, SUMS, NEED_QUERY, EXACT,
+                masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
             )
         total, sums = state
+        partials += head.to(tl.int64) * ALL_SUMS * tl.num_programs(0) + tl.program_id(0)
+        if FIRST_SUM == 1 and len(SUMS) > 0:  # all gradients of a row cancel, unless one is NaN
+            zero_or_nan = tl.where(nothing, 0.0, 0.0 * (logsumexp_part + delta))
+            tl.store(partials, tl.sum(zero_or_nan, 0))
         for i in tl.static_range(len(SUMS)):
-            place = (head.to(tl.int64) * ALL_SUMS + FIRST_SUM + i) * tl.num_programs(0) + tl.program_id(0)
-            tl.store(partials + place, tl.sum(sums[i], 0))
+            tl.store(partials + (FIRST_SUM + i) * tl.num_programs(0), tl.sum(sums[i], 0))
         if NEED_QUERY:
             if IS_CAUSAL:
                 if _has_nan(total):
                     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
                     total, _ = _gradients_of_rows(
                         (total, ()), 0, end,
-                        q, g, logsumexp_part, rest, delta, row, read_rows, read_columns, shift, key, key_strides,
-                        value, value_strides, key_token, keys, left, tables, scale, CHANNELS, (), True, EXACT,
-                        IS_CAUSAL, True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION,
+                        q, g, logsumexp_part, rest, delta, limit, read_columns, key, key_strides,
+                        value, value_strides, key_token, keys, left, again, tables, scale, CHANNELS, (), True, EXACT,
+                        True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
                     )
             total = tl.where(inside[:, None], total * grad_scale, 0.0)
             grad_query_at = _at(grad_query, grad_query_strides, batch, head, query_token, PACKED)
-            _store_tile(grad_query_at, grad_query_strides, row, row < all_rows, total, WIDTH, BLOCK_WIDTH)
+            _store_tile(grad_query_at, grad_query_strides, block * BLOCK_ROWS, row < all_rows, total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
             if PACKED:
                 if batch == sequences:
                     _clear_uncovered(
@@ -760,6 +886,7 @@ def _gradients_of_keys(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """The state after some more tiles of rows. Scores lie as `[KEYS, ROWS]`."""
     key_total, value_total = state
@@ -769,8 +896,8 @@ def _gradients_of_keys(
             tile += tl.where(index >= late, jump, 0)
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = row < rows
-        q = _tile(query, query_strides, row, inside, WIDTH, BLOCK_WIDTH, MASKED)
-        g = _tile(grad, grad_strides, row, inside, WIDTH, BLOCK_WIDTH, MASKED)
+        q = _tile(query, query_strides, tile * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, MASKED)
+        g = _tile(grad, grad_strides, tile * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, MASKED)
         at = row_data + row.to(tl.int64) * row_stride
         if MASKED:
             logsumexp = tl.load(at, inside, float("inf"))
@@ -783,11 +910,11 @@ def _gradients_of_keys(
             rest = tl.load(at + row_count, inside, 0.0)
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         token = query_token + row
-        right = queries, token, inside, _words(queries, token, inside, CHANNELS)
-        scores, _ = _scores(product, scale, left, right, tables, CHANNELS)
+        right = queries, token, inside, _words(queries, token, inside, CHANNELS, False)
+        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         weights = _weights(scores, logsumexp[None, :], rest[None, :], EXACT)
         if MASKED:
-            visible = _visible(row, column, rows, columns, shift, IS_CAUSAL, True)
+            visible = column[:, None] < _limits(row, rows, columns, shift, IS_CAUSAL)[None, :]
             weights = tl.where(visible, weights, 0.0)
         if NEED_VALUE:
             if ONE_BY_ONE:
@@ -847,6 +974,7 @@ def _backward_keys_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Gradients of keys and values."""
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks  # causal: the first is longest
@@ -862,9 +990,9 @@ def _backward_keys_kernel(
 
     column = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     inside = column < read_columns
-    k = _tile(key, key_strides, column, inside, WIDTH, BLOCK_WIDTH, True)
-    v = _tile(value, value_strides, column, inside, WIDTH, BLOCK_WIDTH, True)
-    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS)
+    k = _tile(key, key_strides, block * BLOCK_KEYS, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
+    v = _tile(value, value_strides, block * BLOCK_KEYS, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
+    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, False)
     tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
 
     # Tiles of rows: none up to `first`, then some on the diagonal, then whole ones, and at the end perhaps a part of one.
@@ -884,7 +1012,7 @@ def _backward_keys_kernel(
             whole - clear, clear - first,
             k, v, column, read_rows, read_columns, shift, query, query_strides, grad, grad_strides, row_data,
             row_strides[2], row_count, query_token, queries, left, tables, scale, CHANNELS, NEED_KEY, NEED_VALUE,
-            EXACT, IS_CAUSAL, masked == 1, False, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION,
+            EXACT, IS_CAUSAL, masked == 1, False, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION, COMPILED,
         )
     key_total, value_total = state
     if IS_CAUSAL:
@@ -895,16 +1023,20 @@ def _backward_keys_kernel(
                 state, first, tiles - first, 0, 0,
                 k, v, column, read_rows, read_columns, shift, query, query_strides, grad, grad_strides, row_data,
                 row_strides[2], row_count, query_token, queries, left, tables, scale, CHANNELS, NEED_KEY, NEED_VALUE,
-                EXACT, IS_CAUSAL, True, True, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION,
+                EXACT, IS_CAUSAL, True, True, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION, COMPILED,
             )
     if NEED_KEY:
         key_total = tl.where(inside[:, None], key_total * grad_scale, 0.0)
         at = _at(grad_key, grad_key_strides, batch, head, key_token, PACKED)
-        _store_tile(at, grad_key_strides, column, column < all_columns, key_total, WIDTH, BLOCK_WIDTH)
+        _store_tile(
+            at, grad_key_strides, block * BLOCK_KEYS, column < all_columns, key_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH
+        )
     if NEED_VALUE:
         value_total = tl.where(inside[:, None], value_total, 0.0)
         at = _at(grad_value, grad_value_strides, batch, head, key_token, PACKED)
-        _store_tile(at, grad_value_strides, column, column < all_columns, value_total, WIDTH, BLOCK_WIDTH)
+        _store_tile(
+            at, grad_value_strides, block * BLOCK_KEYS, column < all_columns, value_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH
+        )
     if PACKED:
         if batch == sequences:
             if NEED_KEY:
@@ -922,6 +1054,7 @@ def _backward_keys_kernel(
 @triton.jit(do_not_specialize=["programs", "heads"])
 def _table_gradients_kernel(
     partials,  # (H, sums, programs) float32
+    biases,
     grad_biases,
     programs,
     heads,
@@ -929,7 +1062,7 @@ def _table_gradients_kernel(
     ALL_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of one entry: what has reached its bucket, less what has reached the next. One fixed order of additions."""
+    """Gradient of one entry: what has reached its bucket, less what has reached the next. In a fixed order."""
     entry, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     partials += head * ALL_SUMS * programs
@@ -947,7 +1080,9 @@ def _table_gradients_kernel(
                 part -= tl.load(reached_next + start + at, start + at < next_size, 0.0).to(tl.float64)
                 total += part  # zero where all that reached the bucket has reached the next
             place = CHANNELS[c][_TABLE] * heads + head * CHANNELS[c][_BUCKETS] + bucket
-            tl.store(grad_biases + place, tl.sum(total, 0).to(tl.float32))
+            gradient = tl.sum(total, 0).to(tl.float32)
+            forbidden = tl.load(biases + place) == float("-inf")
+            tl.store(grad_biases + place, tl.where(forbidden, gradient * 0.0, gradient))
 
 
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
@@ -1023,31 +1158,26 @@ def _channels(
     found, table, sums = [], 0, 1
     for kind, bit, size, width, count in zip(kinds, bits, buckets, widths, counts, strict=True):
         levels = size - 1 if bit else 0
-        is_narrow = 0 < bit * levels <= 32
-        field = (1 << bit) - 1
-        masks = [(1 << bit * (k + 1)) - 1 if kind == _PREFIX.value else field << bit * k for k in range(levels)]
-        masks = tuple(_as_signed(mask, 32 if is_narrow else 64) for mask in masks)
+        word = 32 if 0 < bit * levels <= 32 else 64
         is_long = size > _CHAIN
         for channel in range(count):
             offset, stride = channel * width, count * width
-            found.append((kind, bit, size, width, stride, offset, table, sums, masks, is_narrow, is_long))
+            found.append((kind, bit, size, width, stride, offset, table, sums, word, is_long))
             table += size
             sums += size - 1
     return tuple(found)
 
 
-def _as_signed(number: int, bits: int) -> int:
-    return number - (1 << bits) if number >> bits - 1 else number
-
-
 def sums_of(channels: tuple[tuple, ...]) -> list[tuple[int, int]]:
-    """What SUMS counts: (channel, k) for what has reached k, after (0, 0) for all."""
-    return [(0, 0)] + [(c, k) for c, channel in enumerate(channels) for k in range(1, channel[_BUCKETS.value])]
+    """(channel, k) of all sums, the SUMS of a kernel that keeps them all."""
+    return [(c, k) for c, channel in enumerate(channels) for k in range(1, channel[_BUCKETS.value])]
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Starts a kernel on the device of its first argument."""
     device = arguments[0].device
+    if kernel is not _table_gradients_kernel:
+        constants["COMPILED"] = device.type == "cuda"
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, **OPTIONS)
 
@@ -1218,9 +1348,8 @@ def _backward(
     constants = backward_rows_constants(width, query.dtype)
     blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
     grid = problem.grid(blocks)
-    need_biases = need_biases and len(channels) > 0
     sums = sums_of(channels) if need_biases else []
-    partials = row_data.new_empty(heads, len(sums), grid[0])
+    partials = row_data.new_empty(heads, 1 + len(sums), grid[0])
     tensors = *problem.heads, grad, output, logsumexp
     to_query = grad_query if need_query else query
     arguments = *tensors, row_data, to_query, partials, *map(problem.strides, (*tensors, to_query)), *problem.terms
@@ -1228,17 +1357,19 @@ def _backward(
     for first in range(0, max(1, len(sums)), _SUMS):
         is_first = first == 0
         some = {
-            "ALL_SUMS": len(sums),
-            "FIRST_SUM": first,
+            "ALL_SUMS": 1 + len(sums),
+            "FIRST_SUM": 1 + first,
             "SUMS": tuple(sums[first : first + _SUMS]),
             "PREPARES": is_first and (need_key or need_value),
             "NEED_QUERY": is_first and need_query,
         }
         _launch(_backward_rows_kernel, grid, *arguments, **some, **problem.flags, **constants)
-    if need_biases:
-        table = {"CHANNELS": channels, "ALL_SUMS": len(sums), "BLOCK": 1024, "num_warps": 4}
+    if need_biases and not sums:  # tables of one bucket change nothing
+        grad_biases.zero_()
+    elif need_biases:
+        table = {"CHANNELS": channels, "ALL_SUMS": 1 + len(sums), "BLOCK": 1024, "num_warps": 4}
         entries = biases.numel() // heads, heads
-        _launch(_table_gradients_kernel, entries, partials, grad_biases, grid[0], heads, **table)
+        _launch(_table_gradients_kernel, entries, partials, problem.terms[0], grad_biases, grid[0], heads, **table)
 
     if need_key or need_value:
         constants = backward_keys_constants(width, query.dtype)

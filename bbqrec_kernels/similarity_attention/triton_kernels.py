@@ -50,11 +50,7 @@ _SUMS = 16  # sums of score gradients that one pass over the scores keeps in reg
 
 @triton.jit
 def _hide(numbers, COMPILED: tl.constexpr):
-    """The same numbers, of which the compiler knows nothing.
-
-    LLVM would compare many at once and pack the answers into words, which costs more than all selects; and it would
-    keep answers in place of comparing again. The interpreter cannot run assembly, and needs none.
-    """
+    """The same numbers, of which the compiler knows nothing. The interpreter cannot run assembly, and needs none."""
     if not COMPILED:
         return numbers
     elif numbers.dtype == tl.int64:
@@ -118,7 +114,9 @@ def _thresholds(boundaries, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _similarity(left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr):
+def _similarity(
+    left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr
+):
     """Products of vectors, `[LEFT, RIGHT]`."""
     BLOCK: tl.constexpr = 16 if CHANNELS[C][_WIDTH] <= 16 else 32
     total = tl.zeros([left_token.shape[0], right_token.shape[0]], tl.float32)
@@ -134,7 +132,9 @@ def _similarity(left, right, left_token, right_token, left_inside, right_inside,
 
 
 @triton.jit
-def _agreeing_levels(left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr):
+def _agreeing_levels(
+    left, right, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr
+):
     """How many levels of codes that are not packed agree, `[LEFT, RIGHT]` int32."""
     count = tl.zeros([left_token.shape[0], right_token.shape[0]], tl.int32)
     left += left_token * CHANNELS[C][_STRIDE] + CHANNELS[C][_OFFSET]
@@ -182,7 +182,16 @@ def _count_same(different, LEVELS: tl.constexpr, CHANNELS: tl.constexpr, C: tl.c
 
 @triton.jit
 def _compare(
-    left, right, left_word, right_word, left_token, right_token, left_inside, right_inside, CHANNELS: tl.constexpr, C: tl.constexpr
+    left,
+    right,
+    left_word,
+    right_word,
+    left_token,
+    right_token,
+    left_inside,
+    right_inside,
+    CHANNELS: tl.constexpr,
+    C: tl.constexpr,
 ):
     """What `_reached` tells buckets by, `[LEFT, RIGHT]`. Queries may be on the left or on the right."""
     if CHANNELS[C][_KIND] == _COSINE:
@@ -231,7 +240,16 @@ def _reached(
 
 
 @triton.jit
-def _choose(compared, table, threshold, boundaries, BUCKETS: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr):
+def _choose(
+    compared,
+    table,
+    threshold,
+    boundaries,
+    BUCKETS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    C: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
     value = table[0] * _LOG2E
     for k in tl.static_range(1, BUCKETS):
         value = tl.where(_reached(compared, k, threshold, boundaries, CHANNELS, C, COMPILED), table[k] * _LOG2E, value)
@@ -239,7 +257,18 @@ def _choose(compared, table, threshold, boundaries, BUCKETS: tl.constexpr, CHANN
 
 
 @triton.jit
-def _look_up(compared, table, threshold, biases, boundaries, head, heads, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr):
+def _look_up(
+    compared,
+    table,
+    threshold,
+    biases,
+    boundaries,
+    head,
+    heads,
+    CHANNELS: tl.constexpr,
+    C: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
     """The entries of the table that pairs of tokens have, in units of log 2."""
     if CHANNELS[C][_IS_LONG]:
         entries = biases + CHANNELS[C][_TABLE] * heads + head * CHANNELS[C][_BUCKETS]
@@ -292,9 +321,7 @@ def _limits(row, rows, columns, shift, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _sequence(
-    batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED: tl.constexpr
-):
+def _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED: tl.constexpr):
     """Of one sequence: rows and keys that may be read, those that have a place, and the first token's place.
 
     `rows` and `columns` are those of the padded shape; in the packed form all tokens, and the longest sequence.
@@ -332,7 +359,13 @@ def _tile_at(pointer, strides, first, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.const
 
 @triton.jit
 def _tile(
-    pointer, strides, first, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    pointer,
+    strides,
+    first,
+    inside,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Values of some tokens, `[BLOCK, BLOCK_WIDTH]`; with MASKED zeros of those that are not inside."""
@@ -475,21 +508,92 @@ def _attend(
 
 
 @triton.jit
-def _first_hidden(first_row, columns, shift, IS_CAUSAL: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """The key of the first tile that rows from `first_row` on do not see in full."""
-    end = columns
+def _tiles_of_keys(
+    block, rows, columns, shift, IS_CAUSAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr
+):
+    """The first key of the first tile that a block of rows does not see in full, and the end of what it sees."""
+    first, last = block * BLOCK_ROWS, tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, rows)
+    clear, end = columns, columns
     if IS_CAUSAL:
-        end = tl.minimum(columns, tl.maximum(first_row + shift + 1, 0))
-    return end // BLOCK_KEYS * BLOCK_KEYS
+        clear = tl.minimum(columns, tl.maximum(first + shift + 1, 0))
+        end = tl.minimum(columns, tl.maximum(last + shift, 0))
+    end = tl.where(first < rows, end, 0)
+    return tl.minimum(clear // BLOCK_KEYS * BLOCK_KEYS, end), end
 
 
 @triton.jit
-def _end_of_keys(last_row, columns, shift, IS_CAUSAL: tl.constexpr):
-    """Keys that rows up to `last_row` see."""
-    end = columns
-    if IS_CAUSAL:
-        end = tl.minimum(columns, tl.maximum(last_row + shift + 1, 0))
-    return tl.where(last_row < 0, 0, end)
+def _attend_block(
+    sizes,
+    batch,
+    head,
+    block,
+    query,
+    key,
+    value,
+    query_strides,
+    key_strides,
+    value_strides,
+    biases,
+    queries,
+    keys,
+    boundaries,
+    heads,
+    scale,
+    CHANNELS: tl.constexpr,
+    PACKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Weighted sums, highest scores and sums of weights of a block of rows."""
+    rows, columns, all_rows, all_columns, query_token, key_token = sizes
+    shift = all_columns - all_rows
+    query = _at(query, query_strides, batch, head, query_token, PACKED)
+    key = _at(key, key_strides, batch, head, key_token, PACKED)
+    value = _at(value, value_strides, batch, head, key_token, PACKED)
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < rows
+    q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    limit = _limits(row, rows, columns, shift, IS_CAUSAL)
+    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
+    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+    clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_ROWS], tl.float32)
+    state = total, highest, weight
+    for masked in tl.static_range(1 if ONE_BY_ONE else 0, 2):
+        state = _attend(
+            state,
+            clear if masked == 1 and not ONE_BY_ONE else 0,
+            clear if masked == 0 else end,
+            q,
+            limit,
+            columns,
+            key,
+            key_strides,
+            value,
+            value_strides,
+            key_token,
+            keys,
+            left,
+            tables,
+            scale,
+            CHANNELS,
+            masked == 1,
+            ONE_BY_ONE,
+            WIDTH,
+            BLOCK_KEYS,
+            BLOCK_WIDTH,
+            PRECISION,
+            COMPILED,
+        )
+    return state
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "sequences", "heads", "blocks"])
@@ -530,54 +634,73 @@ def _forward_kernel(
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), blocks - 1 - tl.program_id(0) % blocks  # longest first
     head = tl.program_id(1)
     sizes = _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED)
-    read_rows, read_columns, all_rows, all_columns, query_token, key_token = sizes
-    shift = all_columns - all_rows
-    query = _at(query, query_strides, batch, head, query_token, PACKED)
-    key = _at(key, key_strides, batch, head, key_token, PACKED)
-    value = _at(value, value_strides, batch, head, key_token, PACKED)
-
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < read_rows
-    q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
-    limit = _limits(row, read_rows, read_columns, shift, IS_CAUSAL)
-    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
-    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
-    last_row = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, read_rows) - 1
-    last_row = tl.where(block * BLOCK_ROWS < read_rows, last_row, -1)
-    end = _end_of_keys(last_row, read_columns, shift, IS_CAUSAL)
-    hidden = tl.minimum(_first_hidden(block * BLOCK_ROWS, read_columns, shift, IS_CAUSAL, BLOCK_KEYS), end)
-
-    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_ROWS], tl.float32)
-    state = total, highest, weight
-    for masked in tl.static_range(2):
-        state = _attend(
-            state, 0 if masked == 0 else hidden, hidden if masked == 0 else end,
-            q, limit, read_columns, key, key_strides, value, value_strides, key_token, keys, left,
-            tables, scale, CHANNELS, masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
-        )
-    total, highest, weight = state
+    total, highest, weight = _attend_block(
+        sizes,
+        batch,
+        head,
+        block,
+        query,
+        key,
+        value,
+        query_strides,
+        key_strides,
+        value_strides,
+        biases,
+        queries,
+        keys,
+        boundaries,
+        heads,
+        scale,
+        CHANNELS,
+        PACKED,
+        IS_CAUSAL,
+        False,
+        WIDTH,
+        BLOCK_ROWS,
+        BLOCK_KEYS,
+        BLOCK_WIDTH,
+        PRECISION,
+        COMPILED,
+    )
     if IS_CAUSAL:
         if _has_nan(total):  # perhaps of a value that is hidden from the row
-            total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-            highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-            weight = tl.zeros([BLOCK_ROWS], tl.float32)
-            state = total, highest, weight
-            total, highest, weight = _attend(
-                state, 0, end,
-                q, limit, read_columns, key, key_strides, value, value_strides, key_token, keys, left,
-                tables, scale, CHANNELS, True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
+            total, highest, weight = _attend_block(
+                sizes,
+                batch,
+                head,
+                _hide(block, COMPILED),
+                query,
+                key,
+                value,
+                query_strides,
+                key_strides,
+                value_strides,
+                biases,
+                queries,
+                keys,
+                boundaries,
+                heads,
+                scale,
+                CHANNELS,
+                PACKED,
+                IS_CAUSAL,
+                True,
+                WIDTH,
+                BLOCK_ROWS,
+                BLOCK_KEYS,
+                BLOCK_WIDTH,
+                PRECISION,
+                COMPILED,
             )
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     divisor = tl.where(weight == 0, 1.0, weight)
-    total = total * (1.0 / divisor)[:, None]
-    total = tl.where(inside[:, None], total, 0.0)
+    total = tl.where((row < sizes[0])[:, None], total * (1.0 / divisor)[:, None], 0.0)
     sums = (highest.to(tl.float64) + tl.log2(divisor.to(tl.float64))) * _LN2
-    sums = tl.where(inside, sums, float("-inf"))
-    output_at = _at(output, output_strides, batch, head, query_token, PACKED)
-    _store_tile(output_at, output_strides, block * BLOCK_ROWS, row < all_rows, total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
-    logsumexp_at = _at(logsumexp, logsumexp_strides, batch, head, query_token, PACKED)
-    tl.store(logsumexp_at + row.to(tl.int64) * logsumexp_strides[2], sums, row < all_rows)
+    sums = tl.where(row < sizes[0], sums, float("-inf"))
+    at = _at(output, output_strides, batch, head, sizes[4], PACKED)
+    _store_tile(at, output_strides, block * BLOCK_ROWS, row < sizes[2], total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
+    at = _at(logsumexp, logsumexp_strides, batch, head, sizes[4], PACKED)
+    tl.store(at + row.to(tl.int64) * logsumexp_strides[2], sums, row < sizes[2])
     if PACKED:
         if batch == sequences:
             _clear_uncovered(
@@ -721,6 +844,128 @@ def _gradients_of_rows(
     return total, sums
 
 
+@triton.jit
+def _row_data(
+    sizes,
+    batch,
+    head,
+    block,
+    grad,
+    output,
+    logsumexp,
+    grad_strides,
+    output_strides,
+    logsumexp_strides,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Of a block of rows: grad, logsumexp in units of log 2 as two float32 that add up to it, and delta = grad · output.
+
+    The logsumexp of a row that sees nothing is infinite: its weights are zero.
+    """
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < sizes[0]
+    grad = _at(grad, grad_strides, batch, head, sizes[4], PACKED)
+    output = _at(output, output_strides, batch, head, sizes[4], PACKED)
+    logsumexp = _at(logsumexp, logsumexp_strides, batch, head, sizes[4], PACKED)
+    g = _tile(grad, grad_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    o = _tile(output, output_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    exact = tl.load(logsumexp + row.to(tl.int64) * logsumexp_strides[2], inside, float("-inf")) * (1 / _LN2)
+    nothing = exact == float("-inf")
+    rounded = tl.where(nothing, float("inf"), exact.to(tl.float32))
+    rest = tl.where(nothing, 0.0, (exact - rounded.to(tl.float64)).to(tl.float32))
+    return g, rounded, rest, delta
+
+
+@triton.jit
+def _gradients_of_row_block(
+    sizes,
+    batch,
+    head,
+    block,
+    data,  # what _row_data gives
+    query,
+    key,
+    value,
+    query_strides,
+    key_strides,
+    value_strides,
+    biases,
+    queries,
+    keys,
+    boundaries,
+    heads,
+    scale,
+    CHANNELS: tl.constexpr,
+    SUMS: tl.constexpr,
+    NEED_QUERY: tl.constexpr,
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """What grad_query is `scale` times, and the sums of score gradients of each row."""
+    rows, columns, all_rows, all_columns, query_token, key_token = sizes
+    g, logsumexp, rest, delta = data
+    shift = all_columns - all_rows
+    query = _at(query, query_strides, batch, head, query_token, PACKED)
+    key = _at(key, key_strides, batch, head, key_token, PACKED)
+    value = _at(value, value_strides, batch, head, key_token, PACKED)
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < rows
+    q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
+    limit = _limits(row, rows, columns, shift, IS_CAUSAL)
+    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
+    again = _words(queries, query_token + row, inside, CHANNELS, True)
+    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+    clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
+    state = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32), _zero_sums(SUMS, BLOCK_ROWS)
+    for masked in tl.static_range(1 if ONE_BY_ONE else 0, 2):
+        state = _gradients_of_rows(
+            state,
+            clear if masked == 1 and not ONE_BY_ONE else 0,
+            clear if masked == 0 else end,
+            q,
+            g,
+            logsumexp,
+            rest,
+            delta,
+            limit,
+            columns,
+            key,
+            key_strides,
+            value,
+            value_strides,
+            key_token,
+            keys,
+            left,
+            again,
+            tables,
+            scale,
+            CHANNELS,
+            SUMS,
+            NEED_QUERY,
+            EXACT,
+            masked == 1,
+            ONE_BY_ONE,
+            WIDTH,
+            BLOCK_KEYS,
+            BLOCK_WIDTH,
+            PRECISION,
+            COMPILED,
+        )
+    return state
+
+
 @triton.jit(do_not_specialize=["rows", "columns", "sequences", "heads", "blocks", "row_count"])
 def _backward_rows_kernel(
     query,  # (B, H, Sq, D), or (T, H, D)
@@ -729,9 +974,9 @@ def _backward_rows_kernel(
     grad,
     output,
     logsumexp,
-    row_data,  # (3, row_count) float32: logsumexp in units of log 2, in two parts, and delta; laid out as logsumexp
+    row_data,  # (3, row_count) float32: logsumexp, rest and delta of _row_data; laid out as logsumexp
     grad_query,
-    partials,  # (H, sums of all channels, programs of a head) float32
+    partials,  # (H, ALL_SUMS, programs of a head) float32
     query_strides,
     key_strides,
     value_strides,
@@ -774,89 +1019,148 @@ def _backward_rows_kernel(
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), blocks - 1 - tl.program_id(0) % blocks
     head = tl.program_id(1)
     sizes = _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED)
-    read_rows, read_columns, all_rows, all_columns, query_token, key_token = sizes
-    shift = all_columns - all_rows
+    data = _row_data(
+        sizes,
+        batch,
+        head,
+        block,
+        grad,
+        output,
+        logsumexp,
+        grad_strides,
+        output_strides,
+        logsumexp_strides,
+        PACKED,
+        WIDTH,
+        BLOCK_ROWS,
+        BLOCK_WIDTH,
+    )
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < read_rows
-    grad_at = _at(grad, grad_strides, batch, head, query_token, PACKED)
-    output_at = _at(output, output_strides, batch, head, query_token, PACKED)
-    g = _tile(grad_at, grad_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
-    o = _tile(output_at, output_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
-    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    at = _at(0, logsumexp_strides, batch, head, query_token, PACKED) + row.to(tl.int64) * logsumexp_strides[2]
-    exact = tl.load(logsumexp + at, inside, float("-inf")) * (1 / _LN2)
-    nothing = exact == float("-inf")  # every weight of such a row is to be zero
-    logsumexp_part = tl.where(nothing, float("inf"), exact.to(tl.float32))
-    rest = tl.where(nothing, 0.0, (exact - logsumexp_part.to(tl.float64)).to(tl.float32))
     if PREPARES:
-        tl.store(row_data + at, logsumexp_part, row < all_rows)
-        tl.store(row_data + row_count + at, rest, row < all_rows)
-        tl.store(row_data + 2 * row_count + at, delta, row < all_rows)
+        at = _at(row_data, logsumexp_strides, batch, head, sizes[4], PACKED)
+        at += row.to(tl.int64) * logsumexp_strides[2]
+        tl.store(at, data[1], row < sizes[2])
+        tl.store(at + row_count, data[2], row < sizes[2])
+        tl.store(at + 2 * row_count, data[3], row < sizes[2])
 
+    partials += head.to(tl.int64) * ALL_SUMS * tl.num_programs(0) + tl.program_id(0)
+    if FIRST_SUM == 1 and len(SUMS) > 0:  # all score gradients of a row cancel, unless one is NaN
+        tl.store(partials, tl.sum(tl.where(data[1] == float("inf"), 0.0, 0.0 * (data[1] + data[3])), 0))
     if NEED_QUERY or len(SUMS) > 0:
-        query = _at(query, query_strides, batch, head, query_token, PACKED)
-        key = _at(key, key_strides, batch, head, key_token, PACKED)
-        value = _at(value, value_strides, batch, head, key_token, PACKED)
-        q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
-        limit = _limits(row, read_rows, read_columns, shift, IS_CAUSAL)
-        left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
-        again = _words(queries, query_token + row, inside, CHANNELS, True)
-        tables = (
-            _tables(biases, head, heads, CHANNELS),
-            _thresholds(boundaries, CHANNELS),
-            biases,
-            boundaries,
+        total, sums = _gradients_of_row_block(
+            sizes,
+            batch,
             head,
+            block,
+            data,
+            query,
+            key,
+            value,
+            query_strides,
+            key_strides,
+            value_strides,
+            biases,
+            queries,
+            keys,
+            boundaries,
             heads,
+            scale,
+            CHANNELS,
+            SUMS,
+            NEED_QUERY,
+            EXACT,
+            PACKED,
+            IS_CAUSAL,
+            False,
+            WIDTH,
+            BLOCK_ROWS,
+            BLOCK_KEYS,
+            BLOCK_WIDTH,
+            PRECISION,
+            COMPILED,
         )
-        last_row = tl.minimum(block * BLOCK_ROWS + BLOCK_ROWS, read_rows) - 1
-        last_row = tl.where(block * BLOCK_ROWS < read_rows, last_row, -1)
-        end = _end_of_keys(last_row, read_columns, shift, IS_CAUSAL)
-        hidden = tl.minimum(_first_hidden(block * BLOCK_ROWS, read_columns, shift, IS_CAUSAL, BLOCK_KEYS), end)
-        total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-        state = total, _zero_sums(SUMS, BLOCK_ROWS)
-        for masked in tl.static_range(2):
-            state = _gradients_of_rows(
-                state, 0 if masked == 0 else hidden, hidden if masked == 0 else end,
-                q, g, logsumexp_part, rest, delta, limit, read_columns, key, key_strides, value,
-                value_strides, key_token, keys, left, again, tables, scale, CHANNELS, SUMS, NEED_QUERY, EXACT,
-                masked == 1, False, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
-            )
-        total, sums = state
-        partials += head.to(tl.int64) * ALL_SUMS * tl.num_programs(0) + tl.program_id(0)
-        if FIRST_SUM == 1 and len(SUMS) > 0:  # all gradients of a row cancel, unless one is NaN
-            zero_or_nan = tl.where(nothing, 0.0, 0.0 * (logsumexp_part + delta))
-            tl.store(partials, tl.sum(zero_or_nan, 0))
         for i in tl.static_range(len(SUMS)):
             tl.store(partials + (FIRST_SUM + i) * tl.num_programs(0), tl.sum(sums[i], 0))
         if NEED_QUERY:
             if IS_CAUSAL:
-                if _has_nan(total):
-                    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-                    total, _ = _gradients_of_rows(
-                        (total, ()), 0, end,
-                        q, g, logsumexp_part, rest, delta, limit, read_columns, key, key_strides,
-                        value, value_strides, key_token, keys, left, again, tables, scale, CHANNELS, (), True, EXACT,
-                        True, True, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, PRECISION, COMPILED,
+                if _has_nan(total):  # perhaps of a key that is hidden from the row
+                    hidden_block = _hide(block, COMPILED)
+                    data = _row_data(
+                        sizes,
+                        batch,
+                        head,
+                        hidden_block,
+                        grad,
+                        output,
+                        logsumexp,
+                        grad_strides,
+                        output_strides,
+                        logsumexp_strides,
+                        PACKED,
+                        WIDTH,
+                        BLOCK_ROWS,
+                        BLOCK_WIDTH,
                     )
-            total = tl.where(inside[:, None], total * grad_scale, 0.0)
-            grad_query_at = _at(grad_query, grad_query_strides, batch, head, query_token, PACKED)
-            _store_tile(grad_query_at, grad_query_strides, block * BLOCK_ROWS, row < all_rows, total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
+                    total, _ = _gradients_of_row_block(
+                        sizes,
+                        batch,
+                        head,
+                        hidden_block,
+                        data,
+                        query,
+                        key,
+                        value,
+                        query_strides,
+                        key_strides,
+                        value_strides,
+                        biases,
+                        queries,
+                        keys,
+                        boundaries,
+                        heads,
+                        scale,
+                        CHANNELS,
+                        (),
+                        True,
+                        EXACT,
+                        PACKED,
+                        IS_CAUSAL,
+                        True,
+                        WIDTH,
+                        BLOCK_ROWS,
+                        BLOCK_KEYS,
+                        BLOCK_WIDTH,
+                        PRECISION,
+                        COMPILED,
+                    )
+            total = tl.where((row < sizes[0])[:, None], total * grad_scale, 0.0)
+            at = _at(grad_query, grad_query_strides, batch, head, sizes[4], PACKED)
+            first = block * BLOCK_ROWS
+            _store_tile(at, grad_query_strides, first, row < sizes[2], total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
             if PACKED:
                 if batch == sequences:
                     _clear_uncovered(
-                        grad_query, grad_query_strides, head, starts, rows, sequences, block, blocks, WIDTH,
-                        BLOCK_ROWS, BLOCK_WIDTH,
+                        grad_query,
+                        grad_query_strides,
+                        head,
+                        starts,
+                        rows,
+                        sequences,
+                        block,
+                        blocks,
+                        WIDTH,
+                        BLOCK_ROWS,
+                        BLOCK_WIDTH,
                     )
 
 
 @triton.jit
 def _gradients_of_keys(
     state,  # what grad_key is `scale` times, and grad_value, [KEYS, WIDTH]
-    first,  # tile of rows: the first of those to go through
+    first,  # of the tiles of rows to go through
     count,
-    jump,  # tiles from the `late`-th one on are as much later
-    late,
+    together,  # as many lie together; `apart` others are between them and the rest
+    apart,
     k,
     v,
     column,
@@ -893,7 +1197,7 @@ def _gradients_of_keys(
     for index in range(0, count):
         tile = first + index
         if MASKED:
-            tile += tl.where(index >= late, jump, 0)
+            tile += tl.where(index >= together, apart, 0)
         row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = row < rows
         q = _tile(query, query_strides, tile * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, MASKED)
@@ -930,6 +1234,111 @@ def _gradients_of_keys(
             else:
                 key_total = _product(gradient, q, key_total, PRECISION)
     return key_total, value_total
+
+
+@triton.jit
+def _gradients_of_key_block(
+    sizes,
+    batch,
+    head,
+    block,
+    query,
+    key,
+    value,
+    grad,
+    row_data,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
+    row_strides,
+    row_count,
+    biases,
+    queries,
+    keys,
+    boundaries,
+    heads,
+    scale,
+    CHANNELS: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """What grad_key is `scale` times, and grad_value, of a block of keys."""
+    rows, columns, all_rows, all_columns, query_token, key_token = sizes
+    shift = all_columns - all_rows
+    query = _at(query, query_strides, batch, head, query_token, PACKED)
+    grad = _at(grad, grad_strides, batch, head, query_token, PACKED)
+    row_data = _at(row_data, row_strides, batch, head, query_token, PACKED)
+    key = _at(key, key_strides, batch, head, key_token, PACKED)
+    value = _at(value, value_strides, batch, head, key_token, PACKED)
+    first_key = block * BLOCK_KEYS
+    column = first_key + tl.arange(0, BLOCK_KEYS)
+    inside = column < columns
+    k = _tile(key, key_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
+    v = _tile(value, value_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
+    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, False)
+    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+
+    # Tiles of rows: `first` of them see nothing here, those from `clear` to `whole` everything; the last may be a part.
+    tiles = tl.where(first_key < columns, tl.cdiv(rows, BLOCK_ROWS), 0)
+    first, clear = 0, 0
+    if IS_CAUSAL:
+        first = tl.minimum(tl.maximum(first_key - shift, 0) // BLOCK_ROWS, tiles)
+        clear = tl.cdiv(tl.maximum(first_key + BLOCK_KEYS - 1 - shift, 0), BLOCK_ROWS)
+    clear = tl.minimum(tl.maximum(clear, first), tiles)
+    whole = tl.minimum(tl.maximum(rows // BLOCK_ROWS, clear), tiles)
+    if ONE_BY_ONE:  # all of them one after the other
+        whole = clear
+    state = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32), tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
+    for masked in tl.static_range(1 if ONE_BY_ONE else 0, 2):
+        state = _gradients_of_keys(
+            state,
+            first if masked == 1 else clear,
+            clear - first + tiles - whole if masked == 1 else whole - clear,
+            clear - first,
+            whole - clear,
+            k,
+            v,
+            column,
+            rows,
+            columns,
+            shift,
+            query,
+            query_strides,
+            grad,
+            grad_strides,
+            row_data,
+            row_strides[2],
+            row_count,
+            query_token,
+            queries,
+            left,
+            tables,
+            scale,
+            CHANNELS,
+            NEED_KEY,
+            NEED_VALUE,
+            EXACT,
+            IS_CAUSAL,
+            masked == 1,
+            ONE_BY_ONE,
+            WIDTH,
+            BLOCK_ROWS,
+            BLOCK_WIDTH,
+            PRECISION,
+            COMPILED,
+        )
+    return state
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "sequences", "heads", "blocks", "row_count"])
@@ -980,73 +1389,118 @@ def _backward_keys_kernel(
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks  # causal: the first is longest
     head = tl.program_id(1)
     sizes = _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED)
-    read_rows, read_columns, all_rows, all_columns, query_token, key_token = sizes
-    shift = all_columns - all_rows
-    query = _at(query, query_strides, batch, head, query_token, PACKED)
-    grad = _at(grad, grad_strides, batch, head, query_token, PACKED)
-    row_data = _at(row_data, row_strides, batch, head, query_token, PACKED)
-    key = _at(key, key_strides, batch, head, key_token, PACKED)
-    value = _at(value, value_strides, batch, head, key_token, PACKED)
-
-    column = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    inside = column < read_columns
-    k = _tile(key, key_strides, block * BLOCK_KEYS, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
-    v = _tile(value, value_strides, block * BLOCK_KEYS, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
-    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, False)
-    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
-
-    # Tiles of rows: none up to `first`, then some on the diagonal, then whole ones, and at the end perhaps a part of one.
-    tiles, whole = tl.cdiv(read_rows, BLOCK_ROWS), read_rows // BLOCK_ROWS
-    tiles = tl.where(block * BLOCK_KEYS < read_columns, tiles, 0)
-    first, clear = 0, 0
+    key_total, value_total = _gradients_of_key_block(
+        sizes,
+        batch,
+        head,
+        block,
+        query,
+        key,
+        value,
+        grad,
+        row_data,
+        query_strides,
+        key_strides,
+        value_strides,
+        grad_strides,
+        row_strides,
+        row_count,
+        biases,
+        queries,
+        keys,
+        boundaries,
+        heads,
+        scale,
+        CHANNELS,
+        NEED_KEY,
+        NEED_VALUE,
+        EXACT,
+        PACKED,
+        IS_CAUSAL,
+        False,
+        WIDTH,
+        BLOCK_ROWS,
+        BLOCK_KEYS,
+        BLOCK_WIDTH,
+        PRECISION,
+        COMPILED,
+    )
     if IS_CAUSAL:
-        first = tl.minimum(tl.maximum(block * BLOCK_KEYS - shift, 0) // BLOCK_ROWS, tiles)
-        clear = tl.cdiv(tl.maximum(block * BLOCK_KEYS + BLOCK_KEYS - 1 - shift, 0), BLOCK_ROWS)
-    clear = tl.minimum(tl.maximum(clear, first), tiles)
-    whole = tl.minimum(tl.maximum(whole, clear), tiles)
-    key_total = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    state = key_total, key_total
-    for masked in tl.static_range(2):
-        state = _gradients_of_keys(
-            state, first if masked == 1 else clear, clear - first + tiles - whole if masked == 1 else whole - clear,
-            whole - clear, clear - first,
-            k, v, column, read_rows, read_columns, shift, query, query_strides, grad, grad_strides, row_data,
-            row_strides[2], row_count, query_token, queries, left, tables, scale, CHANNELS, NEED_KEY, NEED_VALUE,
-            EXACT, IS_CAUSAL, masked == 1, False, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION, COMPILED,
-        )
-    key_total, value_total = state
-    if IS_CAUSAL:
-        if _has_nan(key_total) or _has_nan(value_total):
-            key_total = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-            state = key_total, key_total
-            key_total, value_total = _gradients_of_keys(
-                state, first, tiles - first, 0, 0,
-                k, v, column, read_rows, read_columns, shift, query, query_strides, grad, grad_strides, row_data,
-                row_strides[2], row_count, query_token, queries, left, tables, scale, CHANNELS, NEED_KEY, NEED_VALUE,
-                EXACT, IS_CAUSAL, True, True, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, PRECISION, COMPILED,
+        if _has_nan(key_total) | _has_nan(value_total):  # perhaps of a row that does not see the key
+            key_total, value_total = _gradients_of_key_block(
+                sizes,
+                batch,
+                head,
+                _hide(block, COMPILED),
+                query,
+                key,
+                value,
+                grad,
+                row_data,
+                query_strides,
+                key_strides,
+                value_strides,
+                grad_strides,
+                row_strides,
+                row_count,
+                biases,
+                queries,
+                keys,
+                boundaries,
+                heads,
+                scale,
+                CHANNELS,
+                NEED_KEY,
+                NEED_VALUE,
+                EXACT,
+                PACKED,
+                IS_CAUSAL,
+                True,
+                WIDTH,
+                BLOCK_ROWS,
+                BLOCK_KEYS,
+                BLOCK_WIDTH,
+                PRECISION,
+                COMPILED,
             )
+    column = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    first = block * BLOCK_KEYS
     if NEED_KEY:
-        key_total = tl.where(inside[:, None], key_total * grad_scale, 0.0)
-        at = _at(grad_key, grad_key_strides, batch, head, key_token, PACKED)
-        _store_tile(
-            at, grad_key_strides, block * BLOCK_KEYS, column < all_columns, key_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH
-        )
+        key_total = tl.where((column < sizes[1])[:, None], key_total * grad_scale, 0.0)
+        at = _at(grad_key, grad_key_strides, batch, head, sizes[5], PACKED)
+        _store_tile(at, grad_key_strides, first, column < sizes[3], key_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
     if NEED_VALUE:
-        value_total = tl.where(inside[:, None], value_total, 0.0)
-        at = _at(grad_value, grad_value_strides, batch, head, key_token, PACKED)
-        _store_tile(
-            at, grad_value_strides, block * BLOCK_KEYS, column < all_columns, value_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH
-        )
+        value_total = tl.where((column < sizes[1])[:, None], value_total, 0.0)
+        at = _at(grad_value, grad_value_strides, batch, head, sizes[5], PACKED)
+        _store_tile(at, grad_value_strides, first, column < sizes[3], value_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
     if PACKED:
         if batch == sequences:
             if NEED_KEY:
                 _clear_uncovered(
-                    grad_key, grad_key_strides, head, starts, rows, sequences, block, blocks, WIDTH, BLOCK_KEYS,
+                    grad_key,
+                    grad_key_strides,
+                    head,
+                    starts,
+                    rows,
+                    sequences,
+                    block,
+                    blocks,
+                    WIDTH,
+                    BLOCK_KEYS,
                     BLOCK_WIDTH,
                 )
             if NEED_VALUE:
                 _clear_uncovered(
-                    grad_value, grad_value_strides, head, starts, rows, sequences, block, blocks, WIDTH, BLOCK_KEYS,
+                    grad_value,
+                    grad_value_strides,
+                    head,
+                    starts,
+                    rows,
+                    sequences,
+                    block,
+                    blocks,
+                    WIDTH,
+                    BLOCK_KEYS,
                     BLOCK_WIDTH,
                 )
 
@@ -1330,9 +1784,10 @@ def _backward(
         shape = query.shape[:-1] if tensor is logsumexp else query.shape
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError("grad, output, logsumexp: expected the shapes and dtypes that the forward gave")
-    gradients = [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(
-        (query, key, value, biases), (need_query, need_key, need_value, need_biases), strict=True
-    )]
+    gradients = [
+        torch.empty_like(t) if n else t.new_empty(0)
+        for t, n in zip((query, key, value, biases), (need_query, need_key, need_value, need_biases), strict=True)
+    ]
     if query.numel() == 0 or key.numel() == 0:
         for gradient in gradients:
             gradient.zero_()

@@ -62,7 +62,7 @@ def _hide(numbers, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _words(pointers, token, inside, CHANNELS: tl.constexpr, AGAIN: tl.constexpr):
+def _words(pointers, token, inside, CHANNELS: tl.constexpr, MASKED: tl.constexpr, AGAIN: tl.constexpr):
     """For each channel the packed words or positions of some tokens `[N]`; the tokens where there is not one number.
 
     AGAIN has them loaded once more, where the compiler would otherwise know that it has them already.
@@ -71,10 +71,12 @@ def _words(pointers, token, inside, CHANNELS: tl.constexpr, AGAIN: tl.constexpr)
     for c in tl.static_range(len(CHANNELS)):
         if CHANNELS[c][_BITS] > 0 or CHANNELS[c][_KIND] == _GAP:
             at = pointers[c] + token * CHANNELS[c][_STRIDE] + CHANNELS[c][_OFFSET]
-            word = tl.load(at, inside, 0, volatile=AGAIN)
-            if CHANNELS[c][_WORD] == 32:
-                word = word.to(tl.int32)
-            words = words + (word,)
+            if CHANNELS[c][_WORD] == 32:  # the lower half of an int64
+                at = at.to(tl.pointer_type(tl.int32), bitcast=True)
+            if MASKED:
+                words = words + (tl.load(at, inside, 0, volatile=AGAIN),)
+            else:
+                words = words + (tl.load(at),)
         else:
             words = words + (token,)
     return words
@@ -487,7 +489,7 @@ def _attend(
         k = _tile(key, key_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
-        right = keys, token, inside, _words(keys, token, inside, CHANNELS, False)
+        right = keys, token, inside, _words(keys, token, inside, CHANNELS, MASKED, False)
         scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         if MASKED:
             visible = column[None, :] < limit[:, None]
@@ -560,7 +562,7 @@ def _attend_block(
     inside = row < rows
     q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
     limit = _limits(row, rows, columns, shift, IS_CAUSAL)
-    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
+    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, True, False)
     tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
     clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
@@ -687,7 +689,7 @@ def _forward_kernel(
                 True,
                 WIDTH,
                 BLOCK_ROWS,
-                BLOCK_KEYS,
+                16,
                 BLOCK_WIDTH,
                 PRECISION,
                 COMPILED,
@@ -828,7 +830,7 @@ def _gradients_of_rows(
         v = _tile(value, value_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
-        right = keys, token, inside, _words(keys, token, inside, CHANNELS, False)
+        right = keys, token, inside, _words(keys, token, inside, CHANNELS, MASKED, False)
         scores, compared = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         weights = _weights(scores, logsumexp[:, None], rest[:, None], EXACT)
         gradient = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -924,8 +926,8 @@ def _gradients_of_row_block(
     inside = row < rows
     q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
     limit = _limits(row, rows, columns, shift, IS_CAUSAL)
-    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, False)
-    again = _words(queries, query_token + row, inside, CHANNELS, True)
+    left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, True, False)
+    again = _words(queries, query_token + row, inside, CHANNELS, True, True)
     tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
     clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
     state = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32), _zero_sums(SUMS, BLOCK_ROWS)
@@ -1128,7 +1130,7 @@ def _backward_rows_kernel(
                         True,
                         WIDTH,
                         BLOCK_ROWS,
-                        BLOCK_KEYS,
+                        16,
                         BLOCK_WIDTH,
                         PRECISION,
                         COMPILED,
@@ -1214,7 +1216,7 @@ def _gradients_of_keys(
             rest = tl.load(at + row_count, inside, 0.0)
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         token = query_token + row
-        right = queries, token, inside, _words(queries, token, inside, CHANNELS, False)
+        right = queries, token, inside, _words(queries, token, inside, CHANNELS, MASKED, False)
         scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
         weights = _weights(scores, logsumexp[None, :], rest[None, :], EXACT)
         if MASKED:
@@ -1286,7 +1288,7 @@ def _gradients_of_key_block(
     inside = column < columns
     k = _tile(key, key_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
     v = _tile(value, value_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
-    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, False)
+    left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, True, False)
     tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
 
     # Tiles of rows: `first` of them see nothing here, those from `clear` to `whole` everything; the last may be a part.
@@ -1457,7 +1459,7 @@ def _backward_keys_kernel(
                 IS_CAUSAL,
                 True,
                 WIDTH,
-                BLOCK_ROWS,
+                16,
                 BLOCK_KEYS,
                 BLOCK_WIDTH,
                 PRECISION,

@@ -41,7 +41,9 @@ class Case:
 
     name: str
     kernel: Any
-    types: dict[str, Any]  # of the arguments, by name, as Triton writes them; a tuple for a tuple, a number for a constant
+    types: dict[
+        str, Any
+    ]  # of the arguments, by name, as Triton writes them; a tuple for a tuple, a number for a constant
     constants: dict[str, Any]  # and num_warps, num_stages
     options: dict[str, Any]  # of the launcher
     unit: str  # what a thread does in one turn of the main loop ...

@@ -49,16 +49,23 @@ _SUMS = 16  # sums of score gradients that one pass over the scores keeps in reg
 
 
 @triton.jit
-def _hide(numbers, COMPILED: tl.constexpr):
-    """The same numbers, of which the compiler knows nothing. The interpreter cannot run assembly, and needs none."""
-    if not COMPILED:
-        return numbers
-    elif numbers.dtype == tl.int64:
+def _hide(numbers):
+    """The same numbers, of which the compiler knows nothing. Not for the interpreter, which cannot run assembly."""
+    if numbers.dtype == tl.int64:
         return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [numbers], numbers.dtype, is_pure=True, pack=1)
     elif numbers.dtype == tl.float32:
         return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [numbers], numbers.dtype, is_pure=True, pack=1)
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=True, pack=1)
+
+
+@triton.jit
+def _elsewhere(block, COMPILED: tl.constexpr):
+    """The same block, for a rare path: nothing that the usual path knows of it is kept in registers until then."""
+    if COMPILED:
+        return _hide(block)
+    else:
+        return block
 
 
 @triton.jit
@@ -214,30 +221,31 @@ def _compare(
 
 
 @triton.jit
-def _first_levels(different, BITS: tl.constexpr, WORD: tl.constexpr):
-    """The lowest BITS of a word."""
-    if BITS == WORD:
-        return different
-    else:
-        return different & ((1 << BITS) - 1)
-
-
-@triton.jit
 def _reached(
     compared, k: tl.constexpr, threshold, boundaries, CHANNELS: tl.constexpr, C: tl.constexpr, COMPILED: tl.constexpr
 ):
-    """Whether the bucket is `k` or a later one, k >= 1."""
-    if CHANNELS[C][_KIND] == _COSINE:
+    """Whether the bucket is `k` or a later one, k >= 1.
+
+    LLVM would vectorize these questions and pack the answers into words, which costs more than all selects together:
+    what is asked of is hidden from it.
+    """
+    IS_PREFIX: tl.constexpr = CHANNELS[C][_KIND] == _PREFIX and CHANNELS[C][_BITS] > 0
+    FIRST_LEVELS: tl.constexpr = CHANNELS[C][_BITS] * k if IS_PREFIX else CHANNELS[C][_WORD]
+    if FIRST_LEVELS < CHANNELS[C][_WORD]:
+        compared = compared & ((1 << FIRST_LEVELS) - 1)
+    if COMPILED:
+        compared = _hide(compared)
+    if IS_PREFIX:  # no bit of the first levels is different
+        reached = compared == 0
+    elif CHANNELS[C][_KIND] == _COSINE:
         if CHANNELS[C][_IS_LONG]:
-            reached = _hide(compared, COMPILED) >= tl.load(boundaries + k - 1)
+            reached = compared >= tl.load(boundaries + k - 1)
         else:
-            reached = _hide(compared, COMPILED) >= threshold[k - 1]
+            reached = compared >= threshold[k - 1]
     elif CHANNELS[C][_KIND] == _GAP and not CHANNELS[C][_IS_LONG]:
-        reached = _hide(compared, COMPILED) >= (1 << (k - 1))
-    elif CHANNELS[C][_KIND] == _PREFIX and CHANNELS[C][_BITS] > 0:  # no bit of the first levels is different
-        reached = _hide(_first_levels(compared, CHANNELS[C][_BITS] * k, CHANNELS[C][_WORD]), COMPILED) == 0
+        reached = compared >= (1 << (k - 1))
     else:
-        reached = _hide(compared, COMPILED) >= k
+        reached = compared >= k
     return reached
 
 
@@ -670,7 +678,7 @@ def _forward_kernel(
                 sizes,
                 batch,
                 head,
-                _hide(block, COMPILED),
+                _elsewhere(block, COMPILED),
                 query,
                 key,
                 value,
@@ -862,6 +870,7 @@ def _row_data(
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of a block of rows: grad, logsumexp in units of log 2 as two float32 that add up to it, and delta = grad · output.
 
@@ -874,7 +883,10 @@ def _row_data(
     logsumexp = _at(logsumexp, logsumexp_strides, batch, head, sizes[4], PACKED)
     g = _tile(grad, grad_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
     o = _tile(output, output_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
-    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    # By the same product as grad · value: their difference is zero for a row that sees one key.
+    index = tl.arange(0, BLOCK_ROWS)
+    products = tl.dot(g, tl.trans(o), input_precision=PRECISION)
+    delta = tl.sum(tl.where(index[:, None] == index[None, :], products, 0.0), 1)
     exact = tl.load(logsumexp + row.to(tl.int64) * logsumexp_strides[2], inside, float("-inf")) * (1 / _LN2)
     nothing = exact == float("-inf")
     rounded = tl.where(nothing, float("inf"), exact.to(tl.float32))
@@ -1036,6 +1048,7 @@ def _backward_rows_kernel(
         WIDTH,
         BLOCK_ROWS,
         BLOCK_WIDTH,
+        PRECISION,
     )
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if PREPARES:
@@ -1086,7 +1099,7 @@ def _backward_rows_kernel(
         if NEED_QUERY:
             if IS_CAUSAL:
                 if _has_nan(total):  # perhaps of a key that is hidden from the row
-                    hidden_block = _hide(block, COMPILED)
+                    hidden_block = _elsewhere(block, COMPILED)
                     data = _row_data(
                         sizes,
                         batch,
@@ -1102,6 +1115,7 @@ def _backward_rows_kernel(
                         WIDTH,
                         BLOCK_ROWS,
                         BLOCK_WIDTH,
+                        PRECISION,
                     )
                     total, _ = _gradients_of_row_block(
                         sizes,
@@ -1433,7 +1447,7 @@ def _backward_keys_kernel(
                 sizes,
                 batch,
                 head,
-                _hide(block, COMPILED),
+                _elsewhere(block, COMPILED),
                 query,
                 key,
                 value,

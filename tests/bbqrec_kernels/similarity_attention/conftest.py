@@ -1,17 +1,52 @@
-"""Fixtures of the tests of similarity attention."""
+"""Fixtures of the tests of similarity attention.
 
+In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/interpret) they test the Triton kernels.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from bbqrec_kernels.similarity_attention import ops
 from bbqrec_kernels.testing import simd_target, simd_targets
 
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL = "triton" if INTERPRETS else "cpu"
 
-@pytest.fixture(params=simd_targets() or ["none"])
+
+@pytest.fixture(params=["triton"] if INTERPRETS else simd_targets() or ["none"])
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
     """CPU kernels run on each SIMD target of this machine in turn."""
-    if request.param == "none":
+    if request.param in ("none", "triton"):
         yield request.param
         return
     with simd_target(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["reference", KERNEL])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every implementation that runs here."""
+    return request.param
+
+
+@pytest.fixture(params=[KERNEL])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The one that is not the formula itself."""
+    return request.param
+
+
+@pytest.fixture(params=[KERNEL])
+def operators(request: pytest.FixtureRequest) -> ops.Operators:
+    """Its operators."""
+    return ops.triton if request.param == "triton" else ops.native
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype of query, key and value."""
+    if INTERPRETS and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrong")
+    return request.param

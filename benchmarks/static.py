@@ -274,9 +274,10 @@ def _similarity_attention_cases() -> Iterator[Case]:
     shapes += [(64, "fp32", "prefix L=3", False), (32, "bf16", "prefix L=3", False), (60, "fp16", "prefix L=3", False)]
     for width, dtype, kinds, packed in shapes:
         channels, torch_dtype = terms[kinds], dtypes[dtype]
-        yield case(
-            attention._forward_kernel, attention.forward_constants(width, torch_dtype), channels, kinds, dtype, packed
-        )
+        for keys in (512, 2048) if (width, dtype) == (64, "bf16") else (512,):
+            constants = attention.forward_constants(width, torch_dtype, keys)
+            name = kinds if keys == 512 else f"{kinds}, long"
+            yield case(attention._forward_kernel, constants, channels, name, dtype, packed)
         sums = attention.sums_of(channels)
         some = {"ALL_SUMS": 1 + len(sums), "FIRST_SUM": 1, "SUMS": tuple(sums[: attention._SUMS])}
         some |= {"PREPARES": True, "NEED_QUERY": True}

@@ -90,23 +90,23 @@ def _words(pointers, token, inside, CHANNELS: tl.constexpr, MASKED: tl.constexpr
 
 
 @triton.jit
-def _load_all(pointer, COUNT: tl.constexpr):
+def _load_all(pointer, COUNT: tl.constexpr, FACTOR: tl.constexpr):
     numbers = ()
     for k in tl.static_range(COUNT):
-        numbers = numbers + (tl.load(pointer + k),)
+        numbers = numbers + (tl.load(pointer + k) * FACTOR,)
     return numbers
 
 
 @triton.jit
-def _tables(biases, head, heads, CHANNELS: tl.constexpr):
-    """For each channel the table of a head; nothing where it is long."""
+def _tables(biases, head, heads, CHANNELS: tl.constexpr, EXACT: tl.constexpr):
+    """For each channel the table of a head, in units of scores; nothing where it is long."""
     tables = ()
     for c in tl.static_range(len(CHANNELS)):
         if CHANNELS[c][_IS_LONG]:
             tables = tables + ((),)
         else:
             entries = biases + CHANNELS[c][_TABLE] * heads + head * CHANNELS[c][_BUCKETS]
-            tables = tables + (_load_all(entries, CHANNELS[c][_BUCKETS]),)
+            tables = tables + (_load_all(entries, CHANNELS[c][_BUCKETS], 1.0 if EXACT else _LOG2E),)
     return tables
 
 
@@ -116,7 +116,7 @@ def _thresholds(boundaries, CHANNELS: tl.constexpr):
     thresholds = ()
     for c in tl.static_range(len(CHANNELS)):
         if CHANNELS[c][_KIND] == _COSINE and not CHANNELS[c][_IS_LONG]:
-            thresholds = thresholds + (_load_all(boundaries[c], CHANNELS[c][_BUCKETS] - 1),)
+            thresholds = thresholds + (_load_all(boundaries[c], CHANNELS[c][_BUCKETS] - 1, 1.0),)
         else:
             thresholds = thresholds + ((),)
     return thresholds
@@ -260,9 +260,9 @@ def _choose(
     C: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    value = table[0] * _LOG2E
+    value = table[0]
     for k in tl.static_range(1, BUCKETS):
-        value = tl.where(_reached(compared, k, threshold, boundaries, CHANNELS, C, COMPILED), table[k] * _LOG2E, value)
+        value = tl.where(_reached(compared, k, threshold, boundaries, CHANNELS, C, COMPILED), table[k], value)
     return value
 
 
@@ -277,9 +277,10 @@ def _look_up(
     heads,
     CHANNELS: tl.constexpr,
     C: tl.constexpr,
+    EXACT: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """The entries of the table that pairs of tokens have, in units of log 2."""
+    """The entries of the table that pairs of tokens have, in units of scores."""
     if CHANNELS[C][_IS_LONG]:
         entries = biases + CHANNELS[C][_TABLE] * heads + head * CHANNELS[C][_BUCKETS]
         if CHANNELS[C][_KIND] == _GAP:
@@ -288,7 +289,8 @@ def _look_up(
             value = tl.zeros(compared.shape, tl.float32) + tl.load(entries)
             for k in range(1, CHANNELS[C][_BUCKETS]):
                 value = tl.where(compared >= tl.load(boundaries + k - 1), tl.load(entries + k), value)
-        value = value * _LOG2E
+        if not EXACT:
+            value = value * _LOG2E
     else:
         value = _choose(compared, table, threshold, boundaries, CHANNELS[C][_BUCKETS], CHANNELS, C, COMPILED)
     if CHANNELS[C][_KIND] == _COSINE:
@@ -297,8 +299,8 @@ def _look_up(
 
 
 @triton.jit
-def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr, COMPILED: tl.constexpr):
-    """Scores in units of log 2, and what tells the buckets of each channel.
+def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr, EXACT: tl.constexpr, COMPILED: tl.constexpr):
+    """Scores, in the units of `_exp`, and what tells the buckets of each channel.
 
     `left` and `right` are pointers, tokens, whether these are inside, and words; `tables` is what `_look_up` needs.
     """
@@ -309,7 +311,9 @@ def _scores(product, scale, left, right, tables, CHANNELS: tl.constexpr, COMPILE
             left[0][c], right[0][c], left[3][c], right[3][c], left[1], right[1], left[2], right[2], CHANNELS, c
         )
         entries, thresholds, biases, boundaries, head, heads = tables
-        value = _look_up(what, entries[c], thresholds[c], biases, boundaries[c], head, heads, CHANNELS, c, COMPILED)
+        value = _look_up(
+            what, entries[c], thresholds[c], biases, boundaries[c], head, heads, CHANNELS, c, EXACT, COMPILED
+        )
         if c == 0:
             scores = tl.fma(product, scale, value)
         else:
@@ -460,6 +464,15 @@ def _product_of_visible(weights, matrix, visible, total):
     return total
 
 
+@triton.jit
+def _exp(score, EXACT: tl.constexpr):
+    """Of scores in units of log 2, or in natural ones for float32: rounding to the others would double their error."""
+    if EXACT:
+        return tl.exp2(score * _LOG2E)
+    else:
+        return tl.exp2(score)
+
+
 # ---- forward ------------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +494,7 @@ def _attend(
     tables,
     scale,
     CHANNELS: tl.constexpr,
+    EXACT: tl.constexpr,
     MASKED: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -498,14 +512,14 @@ def _attend(
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
         right = keys, token, inside, _words(keys, token, inside, CHANNELS, MASKED, False)
-        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
+        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, EXACT, COMPILED)
         if MASKED:
             visible = column[None, :] < limit[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
+        weights = _exp(scores - base[:, None], EXACT)
+        shrink = _exp(highest - base, EXACT)
         weight = weight * shrink + tl.sum(weights, 1)
         total = total * shrink[:, None]
         v = _tile(value, value_strides, start, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, MASKED)
@@ -550,6 +564,7 @@ def _attend_block(
     heads,
     scale,
     CHANNELS: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
@@ -571,7 +586,14 @@ def _attend_block(
     q = _tile(query, query_strides, block * BLOCK_ROWS, inside, WIDTH, BLOCK_ROWS, BLOCK_WIDTH, True)
     limit = _limits(row, rows, columns, shift, IS_CAUSAL)
     left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, True, False)
-    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+    tables = (
+        _tables(biases, head, heads, CHANNELS, EXACT),
+        _thresholds(boundaries, CHANNELS),
+        biases,
+        boundaries,
+        head,
+        heads,
+    )
     clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -595,6 +617,7 @@ def _attend_block(
             tables,
             scale,
             CHANNELS,
+            EXACT,
             masked == 1,
             ONE_BY_ONE,
             WIDTH,
@@ -630,8 +653,9 @@ def _forward_kernel(
     sequences,  # B
     heads,  # H
     blocks,  # of rows, in a sequence
-    scale,  # in units of log 2
+    scale,  # in the units of _exp
     CHANNELS: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -662,6 +686,7 @@ def _forward_kernel(
         heads,
         scale,
         CHANNELS,
+        EXACT,
         PACKED,
         IS_CAUSAL,
         False,
@@ -692,6 +717,7 @@ def _forward_kernel(
                 heads,
                 scale,
                 CHANNELS,
+                EXACT,
                 PACKED,
                 IS_CAUSAL,
                 True,
@@ -705,7 +731,7 @@ def _forward_kernel(
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     divisor = tl.where(weight == 0, 1.0, weight)
     total = tl.where((row < sizes[0])[:, None], total * (1.0 / divisor)[:, None], 0.0)
-    sums = (highest.to(tl.float64) + tl.log2(divisor.to(tl.float64))) * _LN2
+    sums = highest.to(tl.float64) * (1.0 if EXACT else _LN2) + tl.log2(divisor.to(tl.float64)) * _LN2
     sums = tl.where(row < sizes[0], sums, float("-inf"))
     at = _at(output, output_strides, batch, head, sizes[4], PACKED)
     _store_tile(at, output_strides, block * BLOCK_ROWS, row < sizes[2], total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
@@ -788,11 +814,11 @@ def _add_to_sums(
 
 @triton.jit
 def _weights(scores, logsumexp, rest, EXACT: tl.constexpr):
-    """exp(score - logsumexp), given in units of log 2 as two float32 that add up to it."""
+    """exp(score - logsumexp), given as two float32 that add up to it."""
     scores = scores - logsumexp
     if EXACT:
         scores = scores - rest
-    return tl.exp2(scores)
+    return _exp(scores, EXACT)
 
 
 @triton.jit
@@ -839,7 +865,7 @@ def _gradients_of_rows(
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         token = key_token + column
         right = keys, token, inside, _words(keys, token, inside, CHANNELS, MASKED, False)
-        scores, compared = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
+        scores, compared = _scores(product, scale, left, right, tables, CHANNELS, EXACT, COMPILED)
         weights = _weights(scores, logsumexp[:, None], rest[:, None], EXACT)
         gradient = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if MASKED:
@@ -866,13 +892,14 @@ def _row_data(
     grad_strides,
     output_strides,
     logsumexp_strides,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of a block of rows: grad, logsumexp in units of log 2 as two float32 that add up to it, and delta = grad · output.
+    """Of a block of rows: grad, logsumexp (in the units of _exp, as two float32 that add up to it), delta = grad · output.
 
     The logsumexp of a row that sees nothing is infinite: its weights are zero.
     """
@@ -887,7 +914,8 @@ def _row_data(
     index = tl.arange(0, BLOCK_ROWS)
     products = tl.dot(g, tl.trans(o), input_precision=PRECISION)
     delta = tl.sum(tl.where(index[:, None] == index[None, :], products, 0.0), 1)
-    exact = tl.load(logsumexp + row.to(tl.int64) * logsumexp_strides[2], inside, float("-inf")) * (1 / _LN2)
+    exact = tl.load(logsumexp + row.to(tl.int64) * logsumexp_strides[2], inside, float("-inf"))
+    exact = exact * (1.0 if EXACT else 1 / _LN2)
     nothing = exact == float("-inf")
     rounded = tl.where(nothing, float("inf"), exact.to(tl.float32))
     rest = tl.where(nothing, 0.0, (exact - rounded.to(tl.float64)).to(tl.float32))
@@ -940,7 +968,14 @@ def _gradients_of_row_block(
     limit = _limits(row, rows, columns, shift, IS_CAUSAL)
     left = queries, query_token + row, inside, _words(queries, query_token + row, inside, CHANNELS, True, False)
     again = _words(queries, query_token + row, inside, CHANNELS, True, True)
-    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+    tables = (
+        _tables(biases, head, heads, CHANNELS, EXACT),
+        _thresholds(boundaries, CHANNELS),
+        biases,
+        boundaries,
+        head,
+        heads,
+    )
     clear, end = _tiles_of_keys(block, rows, columns, shift, IS_CAUSAL, BLOCK_ROWS, BLOCK_KEYS)
     state = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32), _zero_sums(SUMS, BLOCK_ROWS)
     for masked in tl.static_range(1 if ONE_BY_ONE else 0, 2):
@@ -1011,10 +1046,10 @@ def _backward_rows_kernel(
     heads,
     blocks,
     row_count,
-    scale,  # in units of log 2
+    scale,  # in the units of _exp
     grad_scale,
     CHANNELS: tl.constexpr,
-    ALL_SUMS: tl.constexpr,  # rows of partials: of all pairs, and of what has reached k, for each k >= 1 of each channel
+    ALL_SUMS: tl.constexpr,  # rows of partials: of all pairs, and of what has reached k >= 1, for each channel
     FIRST_SUM: tl.constexpr,  # row of the first of SUMS
     SUMS: tl.constexpr,  # (channel, k): what is summed in this pass
     PREPARES: tl.constexpr,  # whether row_data is written in this pass
@@ -1044,6 +1079,7 @@ def _backward_rows_kernel(
         grad_strides,
         output_strides,
         logsumexp_strides,
+        EXACT,
         PACKED,
         WIDTH,
         BLOCK_ROWS,
@@ -1111,6 +1147,7 @@ def _backward_rows_kernel(
                         grad_strides,
                         output_strides,
                         logsumexp_strides,
+                        EXACT,
                         PACKED,
                         WIDTH,
                         BLOCK_ROWS,
@@ -1231,7 +1268,7 @@ def _gradients_of_keys(
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         token = query_token + row
         right = queries, token, inside, _words(queries, token, inside, CHANNELS, MASKED, False)
-        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, COMPILED)
+        scores, _ = _scores(product, scale, left, right, tables, CHANNELS, EXACT, COMPILED)
         weights = _weights(scores, logsumexp[None, :], rest[None, :], EXACT)
         if MASKED:
             visible = column[:, None] < _limits(row, rows, columns, shift, IS_CAUSAL)[None, :]
@@ -1303,7 +1340,14 @@ def _gradients_of_key_block(
     k = _tile(key, key_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
     v = _tile(value, value_strides, first_key, inside, WIDTH, BLOCK_KEYS, BLOCK_WIDTH, True)
     left = keys, key_token + column, inside, _words(keys, key_token + column, inside, CHANNELS, True, False)
-    tables = _tables(biases, head, heads, CHANNELS), _thresholds(boundaries, CHANNELS), biases, boundaries, head, heads
+    tables = (
+        _tables(biases, head, heads, CHANNELS, EXACT),
+        _thresholds(boundaries, CHANNELS),
+        biases,
+        boundaries,
+        head,
+        heads,
+    )
 
     # Tiles of rows: `first` of them see nothing here, those from `clear` to `whole` everything; the last may be a part.
     tiles = tl.where(first_key < columns, tl.cdiv(rows, BLOCK_ROWS), 0)
@@ -1386,7 +1430,7 @@ def _backward_keys_kernel(
     heads,
     blocks,  # of keys, in a sequence
     row_count,
-    scale,  # in units of log 2
+    scale,  # in the units of _exp
     grad_scale,
     CHANNELS: tl.constexpr,
     NEED_KEY: tl.constexpr,
@@ -1558,19 +1602,19 @@ def _table_gradients_kernel(
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
 
 
-def forward_constants(width: int, dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time constants and launch options of `_forward_kernel`."""
-    return _constants(_FORWARD, width, dtype)
+def forward_constants(width: int, dtype: torch.dtype, keys: int) -> dict[str, object]:
+    """Compile-time constants and launch options of `_forward_kernel`; `keys`: of the longest sequence."""
+    return _constants(_FORWARD if keys <= _SHORT else _FORWARD | _LONG_FORWARD, width, dtype)
 
 
 def backward_rows_constants(width: int, dtype: torch.dtype) -> dict[str, object]:
     """The same for `_backward_rows_kernel`."""
-    return _constants(_BACKWARD_ROWS, width, dtype) | {"EXACT": dtype == torch.float32}
+    return _constants(_BACKWARD_ROWS, width, dtype)
 
 
 def backward_keys_constants(width: int, dtype: torch.dtype) -> dict[str, object]:
     """The same for `_backward_keys_kernel`."""
-    return _constants(_BACKWARD_KEYS, width, dtype) | {"EXACT": dtype == torch.float32}
+    return _constants(_BACKWARD_KEYS, width, dtype)
 
 
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
@@ -1582,6 +1626,9 @@ _FORWARD = {
     (128, True): (64, 32, 8, 2),
     (256, True): (32, 32, 8, 1),
 }
+# Wide tiles cost less, if there are enough keys to fill them.
+_SHORT = 512
+_LONG_FORWARD = {(64, False): (64, 128, 4, 2)}
 _BACKWARD_ROWS = {
     (64, False): (64, 64, 4, 2),
     (128, False): (64, 64, 8, 2),
@@ -1605,6 +1652,7 @@ def _constants(tiles: dict[tuple[int, bool], tuple[int, ...]], width: int, dtype
     block_width = max(16, triton.next_power_of_2(width))
     rows, keys, warps, stages = tiles[max(64, block_width), is_float32]
     return {
+        "EXACT": is_float32,
         "WIDTH": width,
         "BLOCK_ROWS": rows,
         "BLOCK_KEYS": keys,
@@ -1775,13 +1823,18 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64)
     if query.numel() == 0:
         return output, logsumexp
-    constants = forward_constants(query.shape[-1], query.dtype)
+    constants = forward_constants(query.shape[-1], query.dtype, problem.sizes[1])
     blocks = problem.blocks(problem.sizes[1] if problem.packed else problem.sizes[0], constants["BLOCK_ROWS"])
     tensors = *problem.heads, output, logsumexp
     arguments = *tensors, *map(problem.strides, tensors), *problem.terms, *problem.masks, *problem.sizes
-    arguments = *arguments, query.shape[1], blocks, problem.scale * _LOG2E.value
+    arguments = *arguments, query.shape[1], blocks, _score_scale(problem)
     _launch(_forward_kernel, problem.grid(blocks), *arguments, **problem.flags, **constants)
     return output, logsumexp
+
+
+def _score_scale(problem: _Problem) -> float:
+    """Of products, in the units of `_exp`."""
+    return problem.scale if problem.heads[0].dtype == torch.float32 else problem.scale * _LOG2E.value
 
 
 def _backward(
@@ -1814,7 +1867,7 @@ def _backward(
     channels = problem.flags["CHANNELS"]
     logsumexp = logsumexp.contiguous()
     row_data = logsumexp.new_empty(3, logsumexp.numel(), dtype=torch.float32)
-    scales = problem.scale * _LOG2E.value, problem.scale
+    scales = _score_scale(problem), problem.scale
 
     constants = backward_rows_constants(width, query.dtype)
     blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
@@ -1899,8 +1952,8 @@ def _packed(
         wrong = cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool(((lengths < 0) | (lengths > max_seqlen)).any())
     if wrong:
         raise ValueError(
-            "cu_seqlens: expected int32 values that start at 0, never decrease, end at the number of tokens, and are at "
-            "most max_seqlen apart"
+            "cu_seqlens: expected int32 values that start at 0, never decrease, end at the number of tokens, and are "
+            "at most max_seqlen apart"
         )
     channels, described = _read_terms(*terms, heads, tokens, tokens)
     flags = {"CHANNELS": channels, "PACKED": True, "IS_CAUSAL": is_causal}

@@ -6,6 +6,7 @@ In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/inter
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,18 @@ from bbqrec_kernels.testing import simd_target, simd_targets
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL = "triton" if INTERPRETS else "cpu"
+
+
+@pytest.fixture(autouse=INTERPRETS)
+def _products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter adds products up one by one in float32, with larger errors than any GPU."""
+    from triton.runtime import interpreter
+
+    def create_dot(_, a, b, total, *options):
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(total.data.dtype)
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(params=["triton"] if INTERPRETS else simd_targets() or ["none"])

@@ -1,0 +1,118 @@
+"""The Triton kernels of similarity attention: tiles, sums in several passes, long tables, tokens that nothing covers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbqrec_kernels.similarity_attention import triton_kernels as tk
+from bbqrec_kernels.testing import poisoned_outputs
+from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_inputs, random_packed_inputs
+
+
+def results(inputs: AttentionInputs, impl: str = "triton") -> dict[str, Tensor]:
+    """Output and every gradient."""
+    inputs = inputs.require_grad()
+    grad = torch.randn(inputs.tensors["query"].shape, generator=torch.Generator().manual_seed(3))
+    with poisoned_outputs():
+        output = inputs.attend(impl)
+        return {"output": output, **inputs.gradients(output, grad, list(inputs.tensors))}
+
+
+def assert_like_float64(inputs: AttentionInputs) -> None:
+    expected = results(inputs.to(torch.float64), "reference")
+    for name, actual in results(inputs).items():
+        error = (actual.double() - expected[name]).norm() / expected[name].norm().clamp(min=2)
+        assert error < 3e-6, (name, float(error))
+
+
+# Around 16, 32 and 64: rows and keys of a tile.
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(15, 17), (33, 31), (64, 64), (65, 129), (129, 65), (128, 192), (2, 96)])
+def test_triton_tiles(rows: int, columns: int, is_causal: bool) -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=rows, columns=columns, width=9, channels=1, is_causal=is_causal)
+    assert_like_float64(inputs)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_triton_wide_tiles_of_long_sequences(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    monkeypatch.setattr(tk, "_SHORT", 100)
+    monkeypatch.setattr(tk, "_LONG_FORWARD", {(64, True): (64, 128, 4, 2)})
+    assert_like_float64(random_inputs(batch=1, heads=1, rows=70, columns=300, channels=1, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("n_buckets", [1, 2, 16, 17, 18, 33])
+def test_triton_tables_of_every_length(n_buckets: int) -> None:
+    """In registers up to 17 buckets, and in memory; their gradients in passes of 16 sums."""
+    generator = torch.Generator().manual_seed(n_buckets)
+    far = tuple(torch.randint(0, 2 ** min(n_buckets, 62), (1, 20, 1), generator=generator) for _ in range(2))
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("gap",), channels=1, n_buckets=n_buckets)
+    assert_like_float64(replace(inputs, compared=(far,)))
+    if n_buckets % 2 == 1:  # otherwise 0 is a boundary, and similarities are near it
+        kinds = {"kinds": ("cosine",), "channels": 1, "n_buckets": n_buckets}
+        assert_like_float64(random_inputs(batch=1, heads=1, rows=20, **kinds))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "matches"])
+@pytest.mark.parametrize(("levels", "size"), [(1, 4), (4, 254), (4, 256), (8, 4), (16, 4), (16, 14)])
+def test_triton_packed_words_give_the_bits_of_separate_codes(kind: str, levels: int, size: int) -> None:
+    """Words of up to 32 bits, which are exactly filled by 4 levels of 254 codewords, and wider ones."""
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=(kind,), channels=1, levels=levels, codebook_size=size)
+    packed, separate = results(inputs), results(replace(inputs, codebook_size=None))
+    for name, tensor in packed.items():
+        assert torch.equal(tensor, separate[name]), name
+
+
+def test_triton_clears_tokens_that_no_sequence_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where starts are not looked at: zeros, and nothing is read out of bounds."""
+    inputs = random_packed_inputs([5, 70, 9, 80], kinds=("prefix",), channels=1, is_causal=True)
+    covered = {n: t if n.startswith("table") else t[5:84] for n, t in inputs.tensors.items()}
+    inside = replace(
+        inputs,
+        tensors=covered,
+        compared=tuple((left[5:84], right[5:84]) for left, right in inputs.compared),
+        cu_seqlens=torch.tensor([0, 70, 79], dtype=torch.int32),
+    )
+    expected = results(inside, "reference")
+    monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
+    monkeypatch.setattr("bbqrec_kernels.similarity_attention.api.is_on_cpu_to_look_at", lambda _: False)
+    some = replace(inputs, cu_seqlens=torch.tensor([5, 75, 84], dtype=torch.int32))
+    grad = torch.randn(79, 2, 16, generator=torch.Generator().manual_seed(3))
+    padded = torch.zeros(164, 2, 16)
+    padded[5:84] = grad
+    leaves = some.require_grad()
+    with poisoned_outputs():
+        output = leaves.attend("triton")
+        found = {"output": output, **leaves.gradients(output, padded, list(leaves.tensors))}
+    for name, tensor in found.items():
+        if name.startswith("table"):
+            torch.testing.assert_close(tensor, expected[name])
+        else:
+            torch.testing.assert_close(tensor[5:84], expected[name])
+            assert (tensor[:5] == 0).all()
+            assert (tensor[84:] == 0).all()
+
+
+def test_triton_gives_the_same_bits_twice() -> None:
+    inputs = random_packed_inputs([3, 70, 20], kinds=("prefix", "gap"), channels=1, is_causal=True)
+    for one, other in zip(results(inputs).values(), results(inputs).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad"])
+def test_triton_nan_beyond_the_diagonal_of_a_tile_stays_there(poisoned: str) -> None:
+    """Rows that do not see a token, and tokens that a row does not see, keep finite outputs and gradients."""
+    inputs = random_inputs(batch=1, heads=1, rows=70, kinds=("prefix",), channels=1, is_causal=True).require_grad()
+    grad = torch.randn(1, 1, 70, 16)
+    at = 40
+    with torch.no_grad():
+        (grad if poisoned == "grad" else inputs.tensors[poisoned])[0, 0, at] = torch.nan
+    output = inputs.attend("triton")
+    gradients = inputs.gradients(output, grad, ["query", "key", "value"])
+    reference = inputs.attend("reference")
+    expected = inputs.gradients(reference, grad, ["query", "key", "value"])
+    assert torch.equal(output.isnan(), reference.isnan())
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient.isnan(), expected[name].isnan()), name
+        torch.testing.assert_close(gradient, expected[name], equal_nan=True)

@@ -41,7 +41,8 @@ _SUM = tl.constexpr(7)  # the first of its sums of score gradients, among those 
 _WORD = tl.constexpr(8)  # bits of a packed word that are looked at: 32 where these are enough, or 64
 _IS_LONG = tl.constexpr(9)  # whether its table is looked up in memory
 
-_CHAIN = 17  # buckets of the longest chain of selects; tables that are longer stay in memory
+# Buckets of the longest chain of selects; longer tables stay in memory. The bucket of a gap is soon found.
+_CHAIN, _GAP_CHAIN = 17, 8
 _SUMS = 16  # sums of score gradients that one pass over the scores keeps in registers
 
 
@@ -1602,19 +1603,28 @@ def _table_gradients_kernel(
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
 
 
-def forward_constants(width: int, dtype: torch.dtype, keys: int) -> dict[str, object]:
+def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...], keys: int) -> dict[str, object]:
     """Compile-time constants and launch options of `_forward_kernel`; `keys`: of the longest sequence."""
-    return _constants(_FORWARD if keys <= _SHORT else _FORWARD | _LONG_FORWARD, width, dtype)
+    constants = _constants(_FORWARD, width, dtype)
+    is_light = len(channels) <= _FEW and all(channel[_KIND.value] == _PREFIX.value for channel in channels)
+    if keys > _SHORT and is_light and constants["BLOCK_WIDTH"] <= 64 and dtype != torch.float32:
+        constants |= _LONG
+    return constants
 
 
-def backward_rows_constants(width: int, dtype: torch.dtype) -> dict[str, object]:
+def backward_rows_constants(width: int, dtype: torch.dtype, channels: int) -> dict[str, object]:
     """The same for `_backward_rows_kernel`."""
-    return _constants(_BACKWARD_ROWS, width, dtype)
+    constants = _constants(_BACKWARD_ROWS, width, dtype)
+    return constants if channels <= _FEW else constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2)}
 
 
-def backward_keys_constants(width: int, dtype: torch.dtype) -> dict[str, object]:
+def backward_keys_constants(width: int, dtype: torch.dtype, channels: int) -> dict[str, object]:
     """The same for `_backward_keys_kernel`."""
-    return _constants(_BACKWARD_KEYS, width, dtype)
+    constants = _constants(_BACKWARD_KEYS, width, dtype)
+    return constants if channels <= _FEW else constants | {"BLOCK_ROWS": max(16, constants["BLOCK_ROWS"] // 2)}
+
+
+_FEW = 2  # channels that a whole tile has registers for
 
 
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
@@ -1626,9 +1636,9 @@ _FORWARD = {
     (128, True): (64, 32, 8, 2),
     (256, True): (32, 32, 8, 1),
 }
-# Wide tiles cost less, if there are enough keys to fill them.
+# Wide tiles cost less, if there are keys to fill them and registers to hold them.
 _SHORT = 512
-_LONG_FORWARD = {(64, False): (64, 128, 4, 2)}
+_LONG = {"BLOCK_KEYS": 128, "num_stages": 2}
 _BACKWARD_ROWS = {
     (64, False): (64, 64, 4, 2),
     (128, False): (64, 64, 8, 2),
@@ -1677,7 +1687,7 @@ def _channels(
     for kind, bit, size, width, count in zip(kinds, bits, buckets, widths, counts, strict=True):
         levels = size - 1 if bit else 0
         word = 32 if 0 < bit * levels <= 32 else 64
-        is_long = size > _CHAIN
+        is_long = size > (_GAP_CHAIN if kind == _GAP.value else _CHAIN)
         for channel in range(count):
             offset, stride = channel * width, count * width
             found.append((kind, bit, size, width, stride, offset, table, sums, word, is_long))
@@ -1823,7 +1833,7 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64)
     if query.numel() == 0:
         return output, logsumexp
-    constants = forward_constants(query.shape[-1], query.dtype, problem.sizes[1])
+    constants = forward_constants(query.shape[-1], query.dtype, problem.flags["CHANNELS"], problem.sizes[1])
     blocks = problem.blocks(problem.sizes[1] if problem.packed else problem.sizes[0], constants["BLOCK_ROWS"])
     tensors = *problem.heads, output, logsumexp
     arguments = *tensors, *map(problem.strides, tensors), *problem.terms, *problem.masks, *problem.sizes
@@ -1869,7 +1879,7 @@ def _backward(
     row_data = logsumexp.new_empty(3, logsumexp.numel(), dtype=torch.float32)
     scales = _score_scale(problem), problem.scale
 
-    constants = backward_rows_constants(width, query.dtype)
+    constants = backward_rows_constants(width, query.dtype, len(channels))
     blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
     grid = problem.grid(blocks)
     sums = sums_of(channels) if need_biases else []
@@ -1896,7 +1906,7 @@ def _backward(
         _launch(_table_gradients_kernel, entries, partials, problem.terms[0], grad_biases, grid[0], heads, **table)
 
     if need_key or need_value:
-        constants = backward_keys_constants(width, query.dtype)
+        constants = backward_keys_constants(width, query.dtype, len(channels))
         blocks = problem.blocks(columns, constants["BLOCK_KEYS"])
         tensors = *problem.heads, grad
         targets = grad_key if need_key else key, grad_value if need_value else value

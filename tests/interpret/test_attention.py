@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bbqrec_kernels.similarity_attention import api
 from bbqrec_kernels.similarity_attention import triton_kernels as tk
 from bbqrec_kernels.testing import poisoned_outputs
 from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_inputs, random_packed_inputs
@@ -37,14 +38,17 @@ def test_triton_tiles(rows: int, columns: int, is_causal: bool) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_triton_wide_tiles_of_long_sequences(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
-    monkeypatch.setattr(tk, "_SHORT", 100)
-    monkeypatch.setattr(tk, "_LONG_FORWARD", {(64, True): (64, 128, 4, 2)})
-    assert_like_float64(random_inputs(batch=1, heads=1, rows=70, columns=300, channels=1, is_causal=is_causal))
+    monkeypatch.setattr(tk, "_FORWARD", tk._FORWARD | {(64, True): (64, 128, 4, 2)})  # as for bfloat16
+    inputs = random_inputs(batch=1, heads=1, rows=70, columns=300, channels=1, is_causal=is_causal)
+    assert_like_float64(inputs)
+    channels = tk.channels_of("prefix", bits=3, buckets=4)
+    tiles = [tk.forward_constants(64, torch.bfloat16, channels, keys)["BLOCK_KEYS"] for keys in (200, 2048)]
+    assert tiles == [64, 128]
 
 
-@pytest.mark.parametrize("n_buckets", [1, 2, 16, 17, 18, 33])
+@pytest.mark.parametrize("n_buckets", [1, 2, 8, 9, 17, 18, 33])
 def test_triton_tables_of_every_length(n_buckets: int) -> None:
-    """In registers up to 17 buckets, and in memory; their gradients in passes of 16 sums."""
+    """In registers up to 17 buckets, 8 for a gap, and in memory; their gradients in passes of 16 sums."""
     generator = torch.Generator().manual_seed(n_buckets)
     far = tuple(torch.randint(0, 2 ** min(n_buckets, 62), (1, 20, 1), generator=generator) for _ in range(2))
     inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("gap",), channels=1, n_buckets=n_buckets)
@@ -76,7 +80,7 @@ def test_triton_clears_tokens_that_no_sequence_covers(monkeypatch: pytest.Monkey
     )
     expected = results(inside, "reference")
     monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
-    monkeypatch.setattr("bbqrec_kernels.similarity_attention.api.is_on_cpu_to_look_at", lambda _: False)
+    monkeypatch.setattr(api, "is_on_cpu_to_look_at", lambda _: False)
     some = replace(inputs, cu_seqlens=torch.tensor([5, 75, 84], dtype=torch.int32))
     grad = torch.randn(79, 2, 16, generator=torch.Generator().manual_seed(3))
     padded = torch.zeros(164, 2, 16)
@@ -102,17 +106,25 @@ def test_triton_gives_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad"])
 def test_triton_nan_beyond_the_diagonal_of_a_tile_stays_there(poisoned: str) -> None:
-    """Rows that do not see a token, and tokens that a row does not see, keep finite outputs and gradients."""
-    inputs = random_inputs(batch=1, heads=1, rows=70, kinds=("prefix",), channels=1, is_causal=True).require_grad()
-    grad = torch.randn(1, 1, 70, 16)
-    at = 40
+    """Rows that do not see a token, and tokens that a row does not see, keep their outputs and gradients."""
+    clean = random_inputs(batch=1, heads=1, rows=70, kinds=("prefix",), channels=1, is_causal=True).require_grad()
+    dirty = clean.require_grad()
+    grad, at = torch.randn(1, 1, 70, 16), 40
+    dirty_grad = grad.clone()
     with torch.no_grad():
-        (grad if poisoned == "grad" else inputs.tensors[poisoned])[0, 0, at] = torch.nan
-    output = inputs.attend("triton")
-    gradients = inputs.gradients(output, grad, ["query", "key", "value"])
-    reference = inputs.attend("reference")
-    expected = inputs.gradients(reference, grad, ["query", "key", "value"])
-    assert torch.equal(output.isnan(), reference.isnan())
-    for name, gradient in gradients.items():
-        assert torch.equal(gradient.isnan(), expected[name].isnan()), name
-        torch.testing.assert_close(gradient, expected[name], equal_nan=True)
+        (dirty_grad if poisoned == "grad" else dirty.tensors[poisoned])[0, 0, at] = torch.nan
+    names = ["query", "key", "value"]
+    outputs = [inputs.attend("triton") for inputs in (clean, dirty)]
+    ups = (grad, dirty_grad)
+    gradients = [i.gradients(o, g, names) for i, o, g in zip((clean, dirty), outputs, ups, strict=True)]
+    found = {"output": [o[0, 0] for o in outputs]} | {name: [g[name][0, 0] for g in gradients] for name in names}
+    row = torch.arange(70)
+    is_row_bad = row == at if poisoned in ("query", "grad") else row >= at
+    # A key that a bad row sees has a bad gradient: of one bad row those before it, of all rows from `at` on all keys.
+    is_key_bad = row <= at if poisoned in ("query", "grad") else row >= 0
+    bad = {"output": is_row_bad & (poisoned != "grad"), "query": is_row_bad, "key": is_key_bad, "value": is_key_bad}
+    if poisoned == "value":
+        bad["value"] = row < 0  # weights do not depend on values
+    for name, (expected, actual) in found.items():
+        assert torch.equal(actual.isnan().all(-1), bad[name]), name
+        torch.testing.assert_close(actual[~bad[name]], expected[~bad[name]])

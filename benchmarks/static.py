@@ -284,9 +284,9 @@ def _similarity_attention_cases() -> Iterator[Case]:
         sums = attention.sums_of(channels)
         some = {"ALL_SUMS": 1 + len(sums), "FIRST_SUM": 1, "SUMS": tuple(sums[: attention._SUMS])}
         some |= {"PREPARES": True, "NEED_QUERY": True}
-        constants = attention.backward_rows_constants(width, torch_dtype, len(channels)) | some
+        constants = attention.backward_rows_constants(width, torch_dtype, channels) | some
         yield case(attention._backward_rows_kernel, constants, channels, kinds, dtype, packed)
-        constants = attention.backward_keys_constants(width, torch_dtype, len(channels)) | {
+        constants = attention.backward_keys_constants(width, torch_dtype, channels) | {
             "NEED_KEY": True,
             "NEED_VALUE": True,
         }

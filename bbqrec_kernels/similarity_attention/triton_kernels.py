@@ -1612,48 +1612,53 @@ def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...
     return constants
 
 
-def backward_rows_constants(width: int, dtype: torch.dtype, channels: int) -> dict[str, object]:
+def backward_rows_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> dict[str, object]:
     """The same for `_backward_rows_kernel`."""
     constants = _constants(_BACKWARD_ROWS, width, dtype)
-    return constants if channels <= _FEW else constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2)}
+    return constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2)} if _is_heavy(channels) else constants
 
 
-def backward_keys_constants(width: int, dtype: torch.dtype, channels: int) -> dict[str, object]:
+def backward_keys_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> dict[str, object]:
     """The same for `_backward_keys_kernel`."""
     constants = _constants(_BACKWARD_KEYS, width, dtype)
-    return constants if channels <= _FEW else constants | {"BLOCK_ROWS": max(16, constants["BLOCK_ROWS"] // 2)}
+    return constants | {"BLOCK_ROWS": max(16, constants["BLOCK_ROWS"] // 2)} if _is_heavy(channels) else constants
 
 
 _FEW = 2  # channels that a whole tile has registers for
+
+
+def _is_heavy(channels: tuple[tuple, ...]) -> bool:
+    """Whether the backward has registers for half a tile only."""
+    return len(channels) > _FEW or any(c[_KIND.value] != _GAP.value and c[_BITS.value] == 0 for c in channels)
 
 
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
 _FORWARD = {
     (64, False): (64, 64, 4, 3),
     (128, False): (64, 64, 4, 3),
-    (256, False): (64, 64, 8, 2),
-    (64, True): (64, 32, 4, 2),
-    (128, True): (64, 32, 8, 2),
-    (256, True): (32, 32, 8, 1),
+    (256, False): (128, 32, 8, 1),
+    (64, True): (64, 32, 4, 1),
+    (128, True): (64, 16, 4, 1),
+    (256, True): (32, 16, 4, 1),
 }
 # Wide tiles cost less, if there are keys to fill them and registers to hold them.
 _SHORT = 512
 _LONG = {"BLOCK_KEYS": 128, "num_stages": 2}
 _BACKWARD_ROWS = {
     (64, False): (64, 64, 4, 2),
-    (128, False): (64, 64, 8, 2),
+    (128, False): (64, 32, 4, 2),
     (256, False): (64, 32, 8, 1),
-    (64, True): (64, 32, 8, 1),
-    (128, True): (32, 32, 8, 1),
-    (256, True): (32, 32, 8, 1),
+    (64, True): (64, 16, 4, 1),
+    (128, True): (32, 16, 4, 1),
+    (256, True): (32, 16, 8, 1),
 }
 _BACKWARD_KEYS = {
     (64, False): (64, 64, 4, 2),
-    (128, False): (64, 64, 8, 2),
+    (128, False): (32, 64, 4, 2),
     (256, False): (32, 64, 8, 1),
-    (64, True): (32, 64, 8, 1),
-    (128, True): (32, 32, 8, 1),
-    (256, True): (32, 32, 8, 1),
+    (64, True): (16, 64, 4, 1),
+    (128, True): (16, 64, 8, 1),
+    (256, True): (16, 32, 8, 1),
 }
 
 
@@ -1879,7 +1884,7 @@ def _backward(
     row_data = logsumexp.new_empty(3, logsumexp.numel(), dtype=torch.float32)
     scales = _score_scale(problem), problem.scale
 
-    constants = backward_rows_constants(width, query.dtype, len(channels))
+    constants = backward_rows_constants(width, query.dtype, channels)
     blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
     grid = problem.grid(blocks)
     sums = sums_of(channels) if need_biases else []
@@ -1906,7 +1911,7 @@ def _backward(
         _launch(_table_gradients_kernel, entries, partials, problem.terms[0], grad_biases, grid[0], heads, **table)
 
     if need_key or need_value:
-        constants = backward_keys_constants(width, query.dtype, len(channels))
+        constants = backward_keys_constants(width, query.dtype, channels)
         blocks = problem.blocks(columns, constants["BLOCK_KEYS"])
         tensors = *problem.heads, grad
         targets = grad_key if need_key else key, grad_value if need_value else value

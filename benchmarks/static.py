@@ -2,8 +2,8 @@
 
 Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, and counts in the machine code: registers,
 spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
-innermost loop with the most tensor-core instructions, or the longest innermost loop where there are none. Attention has
-one for whole tiles, which is the shorter and is counted, and one for tiles in which pairs are hidden; neither may spill.
+innermost loop with the most tensor-core instructions, or the longest innermost loop where there are none. Attention
+has one for whole tiles, the shorter, which counts, and one for tiles in which pairs are hidden; neither may spill.
 
 The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
 got worse. tests/compile_only/test_static.py is that comparison.

@@ -232,7 +232,7 @@ def _reached(
     """
     IS_PREFIX: tl.constexpr = CHANNELS[C][_KIND] == _PREFIX and CHANNELS[C][_BITS] > 0
     FIRST_LEVELS: tl.constexpr = CHANNELS[C][_BITS] * k if IS_PREFIX else CHANNELS[C][_WORD]
-    if FIRST_LEVELS < CHANNELS[C][_WORD]:
+    if CHANNELS[C][_WORD] > FIRST_LEVELS:
         compared = compared & ((1 << FIRST_LEVELS) - 1)
     if COMPILED:
         compared = _hide(compared)
@@ -900,9 +900,9 @@ def _row_data(
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of a block of rows: grad, logsumexp (in the units of _exp, as two float32 that add up to it), delta = grad · output.
+    """Of a block of rows: grad, logsumexp as two float32 that add up to it, and delta = grad · output.
 
-    The logsumexp of a row that sees nothing is infinite: its weights are zero.
+    The logsumexp is in the units of `_exp`. That of a row that sees nothing is infinite: its weights are zero.
     """
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < sizes[0]
@@ -1248,7 +1248,7 @@ def _gradients_of_keys(
 ):
     """The state after some more tiles of rows. Scores lie as `[KEYS, ROWS]`."""
     key_total, value_total = state
-    for index in range(0, count):
+    for index in range(count):
         tile = first + index
         if MASKED:
             tile += tl.where(index >= together, apart, 0)
@@ -1625,11 +1625,13 @@ def backward_keys_constants(width: int, dtype: torch.dtype, channels: tuple[tupl
 
 
 _FEW = 2  # channels that a whole tile has registers for
+_FEW_SUMS = 8  # and sums of score gradients
 
 
 def _is_heavy(channels: tuple[tuple, ...]) -> bool:
     """Whether the backward has registers for half a tile only."""
-    return len(channels) > _FEW or any(c[_KIND.value] != _GAP.value and c[_BITS.value] == 0 for c in channels)
+    is_separate = any(c[_KIND.value] != _GAP.value and c[_BITS.value] == 0 for c in channels)
+    return len(channels) > _FEW or len(sums_of(channels)) > _FEW_SUMS or is_separate
 
 
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
@@ -1833,7 +1835,7 @@ def similarity_attention_varlen_backward(
 
 
 def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
-    query, key, _ = problem.heads
+    query = problem.heads[0]
     output = torch.empty_like(query)
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64)
     if query.numel() == 0:
@@ -1877,7 +1879,7 @@ def _backward(
             gradient.zero_()
         return tuple(gradients)
     grad_query, grad_key, grad_value, grad_biases = gradients
-    rows, columns, sequences = problem.sizes
+    rows, columns, _ = problem.sizes
     heads, width = query.shape[1], query.shape[-1]
     channels = problem.flags["CHANNELS"]
     logsumexp = logsumexp.contiguous()

@@ -1,4 +1,4 @@
-"""The Triton kernels of similarity attention: tiles, sums in several passes, long tables, tokens that nothing covers."""
+"""The Triton kernels of similarity attention: tiles, sums in passes, long tables, tokens that nothing covers, NaN."""
 
 from dataclasses import replace
 

@@ -128,3 +128,14 @@ def test_triton_nan_beyond_the_diagonal_of_a_tile_stays_there(poisoned: str) -> 
     for name, (expected, actual) in found.items():
         assert torch.equal(actual.isnan().all(-1), bad[name]), name
         torch.testing.assert_close(actual[~bad[name]], expected[~bad[name]])
+
+
+def test_triton_nan_reaches_the_gradient_of_the_first_bucket() -> None:
+    """It is what the others leave of a sum that is zero, or NaN: here no pair of the bad row is in another bucket."""
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("prefix",), channels=1).require_grad()
+    inputs.compared[0][0][0, 3] = -1
+    with torch.no_grad():
+        inputs.tensors["query"][0, 0, 3] = torch.nan
+    output = inputs.attend("triton")
+    (gradient,) = inputs.gradients(output, torch.ones_like(output), ["table0"]).values()
+    assert gradient[0, 0].isnan().tolist() == [True, False, False, False]

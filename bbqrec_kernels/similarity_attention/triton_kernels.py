@@ -1838,8 +1838,8 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     query = problem.heads[0]
     output = torch.empty_like(query)
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64)
-    if query.numel() == 0:
-        return output, logsumexp
+    if query.numel() == 0 or problem.sizes[2] == 0:
+        return output.zero_(), logsumexp.fill_(-math.inf)
     constants = forward_constants(query.shape[-1], query.dtype, problem.flags["CHANNELS"], problem.sizes[1])
     blocks = problem.blocks(problem.sizes[1] if problem.packed else problem.sizes[0], constants["BLOCK_ROWS"])
     tensors = *problem.heads, output, logsumexp
@@ -1874,7 +1874,7 @@ def _backward(
         torch.empty_like(t) if n else t.new_empty(0)
         for t, n in zip((query, key, value, biases), (need_query, need_key, need_value, need_biases), strict=True)
     ]
-    if query.numel() == 0 or key.numel() == 0:
+    if query.numel() == 0 or key.numel() == 0 or problem.sizes[2] == 0:
         for gradient in gradients:
             gradient.zero_()
         return tuple(gradients)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bbqrec_kernels import similarity_attention_varlen
 from bbqrec_kernels.similarity_attention import api
 from bbqrec_kernels.similarity_attention import triton_kernels as tk
 from bbqrec_kernels.testing import poisoned_outputs
@@ -96,6 +97,19 @@ def test_triton_clears_tokens_that_no_sequence_covers(monkeypatch: pytest.Monkey
             torch.testing.assert_close(tensor[5:84], expected[name])
             assert (tensor[:5] == 0).all()
             assert (tensor[84:] == 0).all()
+
+
+def test_triton_clears_all_tokens_where_there_is_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_packed_inputs([5], kinds=("prefix",), channels=1).require_grad()
+    monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
+    monkeypatch.setattr(api, "is_on_cpu_to_look_at", lambda _: False)
+    query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+    packing = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_seqlen": 5, "impl": "triton"}
+    with poisoned_outputs():
+        output = similarity_attention_varlen(query, key, value, inputs.terms(), **packing)
+        gradients = inputs.gradients(output, torch.ones_like(output), list(inputs.tensors))
+    assert (output == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients.values())
 
 
 def test_triton_gives_the_same_bits_twice() -> None:

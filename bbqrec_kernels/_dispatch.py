@@ -17,21 +17,6 @@ from bbqrec_kernels import _library
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "cuda")
 
-# The operators that have kernels in an implementation; the others all have them all.
-_KERNELS: dict[str, frozenset[str]] = {
-    "cuda": frozenset(
-        {
-            "residual_quantize",
-            "residual_decode",
-            "residual_statistics",
-            "similarity_attention",
-            "similarity_attention_varlen",
-        }
-    ),
-    "triton": frozenset({"residual_quantize", "residual_decode", "residual_statistics"}),
-}
-
-_NO_SUCH_KERNEL = "this version has no such kernel for it"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _warned: set[tuple[str, str]] = set()
@@ -49,11 +34,11 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
     """
     wish = _wish_of_the_reference_only(tensors)
-    blockers = _blockers(operator, tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
+    blockers = _blockers(tensors[0]) | ({"cpu": wish, "triton": wish, "cuda": wish} if wish else {})
     if impl == "auto":
         chosen = next(name for name, blocker in blockers.items() if blocker is None)
         if chosen == "reference" and not wish:
-            _warn_once(operator, _reason(operator, tensors[0], blockers))
+            _warn_once(operator, _reason(tensors[0], blockers))
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -62,26 +47,24 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     return impl
 
 
-def _blockers(operator: str, tensor: Tensor) -> dict[str, str | None]:
+def _blockers(tensor: Tensor) -> dict[str, str | None]:
     """For each implementation, the one that "auto" prefers first, None where it can run, otherwise the reason why not.
 
     What is after the reference runs by name only: Triton's interpreter is for tests.
     """
     device = tensor.device.type
     cpu = _library.CPU.blocker if device in ("cpu", "meta") else f"the tensors are on {device}"
-    cuda = _cuda_blocker(device) if operator in _KERNELS["cuda"] else _NO_SUCH_KERNEL
-    triton = _triton_blocker(device) if operator in _KERNELS["triton"] else _NO_SUCH_KERNEL
+    cuda, triton = _cuda_blocker(device), _triton_blocker(device)
     if device == "cuda":
         return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
     return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
 
 
-def _reason(operator: str, tensor: Tensor, blockers: dict[str, str | None]) -> str:
+def _reason(tensor: Tensor, blockers: dict[str, str | None]) -> str:
     """Why none of those that should have run instead of the reference can."""
     if tensor.device.type == "cpu":
         return blockers["cpu"]
-    expected = [name for name, operators in _KERNELS.items() if operator in operators]
-    return "; ".join(f"{name}: {blockers[name]}" for name in expected) or _NO_SUCH_KERNEL
+    return "; ".join(f"{name}: {blockers[name]}" for name in ("cuda", "triton"))
 
 
 def _cuda_blocker(device: str) -> str | None:

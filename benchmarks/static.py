@@ -1,10 +1,11 @@
 """What the GPU kernels cost, told without a GPU: `python -m benchmarks.static`.
 
 Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, and counts in the machine code: registers,
-spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
-longest of those with tensor-core instructions that hold no other such loop, or the longest innermost loop where there
-is none. It counts with all its branches: in the attention of csrc/cuda those of every kind of term, of which a channel
-takes one.
+spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the one
+with the most tensor-core instructions among the loops that hold no other loop with such instructions, or the longest
+innermost loop where there are none. It counts with all its branches: in the attention of csrc/cuda those of every kind
+of term, of which a channel takes one. Attention has one for whole tiles, the shorter, which counts, and one for tiles
+in which pairs are hidden; neither may spill.
 
 The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
 got worse. tests/compile_only/test_static.py is that comparison.
@@ -43,8 +44,11 @@ class Case:
 
     name: str
     kernel: Any
-    types: dict[str, str]  # of the arguments, by name, as Triton writes them
+    types: dict[
+        str, Any
+    ]  # of the arguments, by name, as Triton writes them; a tuple for a tuple, a number for a constant
     constants: dict[str, Any]  # and num_warps, num_stages
+    options: dict[str, Any]  # of the launcher
     unit: str  # what a thread does in one turn of the main loop ...
     units: float  # ... and how many of them
 
@@ -129,11 +133,13 @@ def measure(assembly: str) -> dict[str, int]:
     found = loops(instructions, labels)
     with_tensor_cores = [loop for loop in found if tensor_core_instructions(of(loop))]
     candidates = [of(loop) for loop in innermost(with_tensor_cores or found)]
-    main = max(candidates or [Counter()], key=lambda counts: counts.total())
+    main = max(candidates or [Counter()], key=lambda loop: (tensor_core_instructions(loop), -loop.total()))
+    if not with_tensor_cores:
+        main = max(candidates or [Counter()], key=lambda loop: loop.total())
     return {
         "instructions": counts.total(),
         "loop_instructions": main.total(),
-        "loop_spills": sum(main[name] for name in _SPILLS),
+        "loop_spills": max(sum(loop[name] for name in _SPILLS) for loop in with_tensor_cores or [main]),
         "tensor_core_instructions": tensor_core_instructions(main),
         "global_atomics": sum(counts[name] for name in _ATOMICS),
     }
@@ -177,7 +183,7 @@ def disassemble(binary: Path) -> dict[str, str]:
 
 def triton_cases() -> list[Case]:
     """Every Triton kernel, for shapes that make a difference to it."""
-    return [*_residual_quantization_cases()]
+    return [*_residual_quantization_cases(), *_similarity_attention_cases()]
 
 
 def _residual_quantization_cases() -> Iterator[Case]:
@@ -199,12 +205,15 @@ def _residual_quantization_cases() -> Iterator[Case]:
         elements = functools.reduce(lambda n, block: n * constants[block], blocks, 1)
         return elements / (32 * constants["num_warps"])
 
+    def case(name: str, kernel: Any, constants: dict[str, Any], unit: str, units: float, **typed: str) -> Case:
+        return Case(name, kernel, types | typed, constants, rq.OPTIONS, unit, units)
+
     def quantize(levels: int, size: int, width: int, dtype: str = "fp32") -> Case:
         constants = rq.quantize_constants(levels, size, width)
         name = f"L={levels} K={size} D={width}" + ("" if dtype == "fp32" else f" {dtype}")
-        typed = types | {"x": f"*{dtype}", "quantized": f"*{dtype}"}
+        typed = {"x": f"*{dtype}", "quantized": f"*{dtype}"}
         units = per_thread(constants, "BLOCK_ROWS", "BLOCK_SIZE")
-        return Case(name, rq._quantize_kernel, typed, constants, "distance", units)
+        return case(name, rq._quantize_kernel, constants, "distance", units, **typed)
 
     yield quantize(3, 256, 64)
     yield quantize(3, 256, 64, "bf16")
@@ -216,26 +225,87 @@ def _residual_quantization_cases() -> Iterator[Case]:
         shape = f"L={levels} K={size} D={width}"
         books = rq.codebook_constants(levels, size, width)
         padded = {"PADDED_SIZE": rq.quantize_constants(levels, size, width)["PADDED_SIZE"]}
-        yield Case(shape, rq._range_kernel, types, books, "", 0)
-        yield Case(shape, rq._prepare_kernel, types, books | padded, "", 0)
+        yield case(shape, rq._range_kernel, books, "", 0)
+        yield case(shape, rq._prepare_kernel, books | padded, "", 0)
         rows = rq.row_constants(levels, size, width)
         elements = per_thread(rows, "BLOCK_ROWS", "BLOCK_WIDTH")
-        yield Case(shape, rq._decode_kernel, types, rows, "element and level", elements)
+        yield case(shape, rq._decode_kernel, rows, "element and level", elements)
         both = rows | {"HAS_QUANTIZED": True, "HAS_COMMITMENT": True}
-        yield Case(shape, rq._grad_x_kernel, types, both, "element and level", elements)
+        yield case(shape, rq._grad_x_kernel, both, "element and level", elements)
         segments = rq.segment_constants(levels, size, width)
         for of in ("value", "residual", "rest"):
             units = per_thread(segments, "BLOCK_ROWS", "BLOCK_WIDTH")
-            yield Case(f"{shape} {of}", rq._segment_sums_kernel, types, segments | {"OF": of}, "element", units)
+            yield case(f"{shape} {of}", rq._segment_sums_kernel, segments | {"OF": of}, "element", units)
         join = rq.join_constants(size, width) | {"COUNT": True}
         units = per_thread(join, "BLOCK_CHUNKS", "BLOCK_WIDTH")
-        yield Case(shape, rq._join_segments_kernel, types, join, "element", units)
+        yield case(shape, rq._join_segments_kernel, join, "element", units)
     wide = rq.wide_constants(256, 768)
     units = per_thread(wide, "BLOCK_ROWS", "BLOCK_SIZE", "BLOCK_WIDTH")
-    yield Case("K=256 D=768", rq._wide_level_kernel, types, wide, "element of a distance", units)
-    yield Case("L=3", rq._losses_kernel, types, {"LEVELS": 3, "BLOCK": 1024, "num_warps": 4}, "", 0)
+    yield case("K=256 D=768", rq._wide_level_kernel, wide, "element of a distance", units)
+    yield case("L=3", rq._losses_kernel, {"LEVELS": 3, "BLOCK": 1024, "num_warps": 4}, "", 0)
     keys = {"SIZE": 256, "LEVELS": 3, "BLOCK_ROWS": 1024, "num_warps": 4}
-    yield Case("L=3 K=256", rq._keys_kernel, types, keys, "", 0)
+    yield case("L=3 K=256", rq._keys_kernel, keys, "", 0)
+
+
+def _similarity_attention_cases() -> Iterator[Case]:
+    """Padded, causal, with rows of more than one tile; strides as those of dense tensors."""
+    import torch
+
+    from bbqrec_kernels.similarity_attention import triton_kernels as attention
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    integers = dict.fromkeys(("rows", "columns", "sequences", "heads", "blocks", "row_count", "programs"), "i32")
+    floats = dict.fromkeys(("scale", "grad_scale"), "fp32")
+    tables = {"biases": "*fp32", "partials": "*fp32", "row_data": "*fp32", "grad_biases": "*fp32", "logsumexp": "*fp64"}
+    heads = ("query", "key", "value", "output", "grad", "grad_query", "grad_key", "grad_value")
+    strides = {f"{name}_strides": ("i32:16", "i32:16", "i32:16", 1) for name in heads}
+    strides |= dict.fromkeys(("logsumexp_strides", "row_strides"), ("i32:16", "i32:16", 1))
+
+    def case(kernel: Any, constants: dict[str, Any], channels: tuple, kinds: str, dtype: str, packed: bool) -> Case:
+        types = integers | floats | tables | strides | dict.fromkeys(heads, f"*{dtype}")
+        compared = tuple("*fp32" if channel[0] == 2 else "*i64" for channel in channels)
+        types |= {"queries": compared, "keys": compared, "boundaries": ("*fp32",) * len(channels)}
+        types |= {"query_lengths": None, "key_lengths": None, "starts": "*i32" if packed else None}
+        constants = {"CHANNELS": channels, "PACKED": packed, "IS_CAUSAL": True, "COMPILED": True} | constants
+        units = constants["BLOCK_ROWS"] * constants["BLOCK_KEYS"] / (32 * constants["num_warps"])
+        name = f"D={constants['WIDTH']} {kinds} {dtype}" + (" packed" if packed else "")
+        if "cosine" in kinds or "not packed" in kinds:  # the innermost loop is over elements or levels
+            return Case(name, kernel, types, constants, attention.OPTIONS, "", 0)
+        return Case(name, kernel, types, constants, attention.OPTIONS, "score", units)
+
+    prefix = attention.channels_of("prefix", bits=10, buckets=4)
+    terms = {
+        "no bias": (),
+        "prefix L=3": prefix,
+        "4 x prefix L=3": attention.channels_of("prefix", bits=10, buckets=4, channels=4),
+        "matches L=3": attention.channels_of("matches", bits=10, buckets=4),
+        "prefix L=4, 40 bits": attention.channels_of("prefix", bits=10, buckets=5),
+        "prefix L=3, not packed": attention.channels_of("prefix", bits=0, buckets=4, width=3),
+        "gap of 16": attention.channels_of("gap", bits=0, buckets=16),
+        "gap of 32": attention.channels_of("gap", bits=0, buckets=32),
+        "cosine of 8": attention.channels_of("cosine", bits=0, buckets=8, width=64),
+    }
+    shapes = [(64, "bf16", kinds, False) for kinds in terms]
+    shapes += [(64, "bf16", "prefix L=3", True), (128, "bf16", "prefix L=3", False)]
+    shapes += [(60, "fp16", "prefix L=3", False), (64, "fp32", "prefix L=3", False)]
+    for width, dtype, kinds, packed in shapes:
+        channels, torch_dtype = terms[kinds], dtypes[dtype]
+        for keys in (512, 2048) if kinds in ("no bias", "prefix L=3") and (width, dtype) == (64, "bf16") else (512,):
+            constants = attention.forward_constants(width, torch_dtype, channels, keys)
+            name = kinds if keys == 512 else f"{kinds}, long"
+            yield case(attention._forward_kernel, constants, channels, name, dtype, packed)
+        sums = attention.sums_of(channels)
+        some = {"ALL_SUMS": 1 + len(sums), "FIRST_SUM": 1, "SUMS": tuple(sums[: attention._SUMS])}
+        some |= {"PREPARES": True, "NEED_QUERY": True}
+        constants = attention.backward_rows_constants(width, torch_dtype, channels) | some
+        yield case(attention._backward_rows_kernel, constants, channels, kinds, dtype, packed)
+        constants = attention.backward_keys_constants(width, torch_dtype, channels) | {
+            "NEED_KEY": True,
+            "NEED_VALUE": True,
+        }
+        yield case(attention._backward_keys_kernel, constants, channels, kinds, dtype, packed)
+    constants = {"CHANNELS": prefix, "ALL_SUMS": 4, "BLOCK": 1024, "num_warps": 4}
+    yield Case("prefix L=3", attention._table_gradients_kernel, integers | tables, constants, attention.OPTIONS, "", 0)
 
 
 def measure_triton(case: Case, architecture: int) -> Row:
@@ -244,20 +314,29 @@ def measure_triton(case: Case, architecture: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bbqrec_kernels.residual_quantization.triton_kernels import OPTIONS
-
     constants = dict(case.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     signature, values, attributes = {}, {}, {}
+
+    def describe(type_or_constant: Any, *path: int) -> Any:
+        """The signature of an argument, or of an element of a tuple."""
+        if isinstance(type_or_constant, tuple):
+            return tuple(describe(each, *path, i) for i, each in enumerate(type_or_constant))
+        if not isinstance(type_or_constant, str):
+            values[path] = type_or_constant
+            return "constexpr"
+        name, _, multiple = type_or_constant.partition(":")
+        if multiple or name.startswith("*"):  # what the allocator guarantees of pointers
+            attributes[path] = [["tt.divisibility", 16]]
+        return name
+
     for i, name in enumerate(case.kernel.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
         else:
-            signature[name] = case.types[name]
-            if case.types[name].startswith("*"):  # what the allocator guarantees
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = describe(case.types[name], i)
     source = ASTSource(case.kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options | OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options | case.options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

@@ -82,7 +82,8 @@ def similarity_attention(
             check_device(name, lengths, "query", query)
     check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    if choose("similarity_attention", impl, query, key, value, *(term.bias for term in terms)) == "reference":
+    chosen = choose("similarity_attention", impl, query, key, value, *(term.bias for term in terms))
+    if chosen == "reference":
         with _without_autocast(query.device.type):
             return reference.similarity_attention(
                 query,
@@ -95,7 +96,8 @@ def similarity_attention(
                 scale=scale,
             )
     lengths = [None if lengths is None else lengths.long() for lengths in (query_lengths, key_lengths)]
-    return ops.similarity_attention(query, key, value, *_flatten(terms, query), *lengths, is_causal, scale)[0]
+    attend = _operators(chosen).similarity_attention
+    return attend(query, key, value, *_flatten(terms, query), *lengths, is_causal, scale)[0]
 
 
 def similarity_attention_varlen(
@@ -146,13 +148,18 @@ def similarity_attention_varlen(
         _check_sequences(cu_seqlens, max_seqlen, query.shape[0])
     check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    if choose("similarity_attention_varlen", impl, query, key, value, *(term.bias for term in terms)) == "reference":
+    chosen = choose("similarity_attention_varlen", impl, query, key, value, *(term.bias for term in terms))
+    if chosen == "reference":
         with _without_autocast(query.device.type):
             return reference.similarity_attention_varlen(
                 query, key, value, terms, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, is_causal=is_causal, scale=scale
             )
-    flat = _flatten(terms, query)
-    return ops.similarity_attention_varlen(query, key, value, *flat, cu_seqlens, max_seqlen, is_causal, scale)[0]
+    attend = _operators(chosen).similarity_attention_varlen
+    return attend(query, key, value, *_flatten(terms, query), cu_seqlens, max_seqlen, is_causal, scale)[0]
+
+
+def _operators(chosen: str) -> ops.Operators:
+    return ops.triton if chosen == "triton" else ops.native
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""Operators of `torch.library`: schemas, fake kernels and autograd. Kernels are registered by the compiled libraries.
+"""Operators of `torch.library`: schemas, fake kernels and autograd.
+
+Each exists twice: the compiled libraries register the kernels of `native`; those of `triton`, whose names end in
+`_triton`, are in triton_kernels.py, which the first call imports.
 
 Terms arrive flattened (see `api._flatten`): one `biases` of all tables, and for each term a number for its kind, the
 bits of a level in packed words (0: not packed), its number of buckets, what is compared on the query and on the key
@@ -7,10 +10,29 @@ side, and boundaries (empty but for cosine). `logsumexp` is float64: it is subtr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from bbqrec_kernels._registry import define, forbid_double_backward, register_autograd, register_fake
+from bbqrec_kernels._registry import (
+    define,
+    forbid_double_backward,
+    register_autograd,
+    register_fake,
+    register_on_first_call,
+)
+
+
+class Operators(NamedTuple):
+    """The operators of one kind of kernels."""
+
+    similarity_attention: OpOverload
+    similarity_attention_backward: OpOverload
+    similarity_attention_varlen: OpOverload
+    similarity_attention_varlen_backward: OpOverload
+
 
 _TERMS = (
     "Tensor biases, Tensor[] term_queries, Tensor[] term_keys, Tensor[] boundaries, int[] kinds, int[] bits,"
@@ -19,23 +41,15 @@ _TERMS = (
 _NEEDS = "bool need_query, bool need_key, bool need_value, bool need_biases"
 _GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_biases)"
 
-similarity_attention = define(
-    f"similarity_attention(Tensor query, Tensor key, Tensor value, {_TERMS}, Tensor? query_lengths,"
-    " Tensor? key_lengths, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
-)
-similarity_attention_backward = define(
-    "similarity_attention_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor query, Tensor key,"
-    f" Tensor value, {_TERMS}, Tensor? query_lengths, Tensor? key_lengths, bool is_causal, float scale, {_NEEDS})"
-    f" -> {_GRADIENTS}"
-)
-similarity_attention_varlen = define(
-    f"similarity_attention_varlen(Tensor query, Tensor key, Tensor value, {_TERMS}, Tensor cu_seqlens,"
-    " SymInt max_seqlen, bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)"
-)
-similarity_attention_varlen_backward = define(
-    "similarity_attention_varlen_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor query, Tensor key,"
-    f" Tensor value, {_TERMS}, Tensor cu_seqlens, SymInt max_seqlen, bool is_causal, float scale, {_NEEDS})"
-    f" -> {_GRADIENTS}"
+_LENGTHS = "Tensor? query_lengths, Tensor? key_lengths, bool is_causal, float scale"
+_SEQUENCES = "Tensor cu_seqlens, SymInt max_seqlen, bool is_causal, float scale"
+_HEADS = "Tensor query, Tensor key, Tensor value"
+_SAVED = "Tensor grad, Tensor output, Tensor logsumexp"
+_SCHEMAS = Operators(
+    f"({_HEADS}, {_TERMS}, {_LENGTHS}) -> (Tensor output, Tensor logsumexp)",
+    f"({_SAVED}, {_HEADS}, {_TERMS}, {_LENGTHS}, {_NEEDS}) -> {_GRADIENTS}",
+    f"({_HEADS}, {_TERMS}, {_SEQUENCES}) -> (Tensor output, Tensor logsumexp)",
+    f"({_SAVED}, {_HEADS}, {_TERMS}, {_SEQUENCES}, {_NEEDS}) -> {_GRADIENTS}",
 )
 
 
@@ -58,7 +72,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors, *(t for each in lists for t in each), *kept)
 
 
-def _backward_of(backward_operator: torch._ops.OpOverload):
+def _backward_of(backward_operator: OpOverload):
     def backward(ctx, grad, _grad_logsumexp):
         needs = ctx.needs_input_grad[:4]
         terms, masks = len(ctx.integers[0]), len(ctx.masks)
@@ -81,11 +95,21 @@ def _backward_of(backward_operator: torch._ops.OpOverload):
     return backward
 
 
-for _forward, _backward, _name in (
-    (similarity_attention, similarity_attention_backward, "similarity_attention"),
-    (similarity_attention_varlen, similarity_attention_varlen_backward, "similarity_attention_varlen"),
-):
-    register_fake(_forward, _forward_fake)
-    register_fake(_backward, _backward_fake)
-    register_autograd(_forward, _backward_of(_backward), _setup_context)
-    forbid_double_backward(_backward, _name)
+def _define_operators(suffix: str) -> Operators:
+    operators = Operators(*(define(n + suffix + schema) for n, schema in zip(Operators._fields, _SCHEMAS, strict=True)))
+    padded, padded_backward, packed, packed_backward = operators
+    for name, forward, backward in (
+        ("similarity_attention", padded, padded_backward),
+        ("similarity_attention_varlen", packed, packed_backward),
+    ):
+        register_fake(forward, _forward_fake)
+        register_fake(backward, _backward_fake)
+        register_autograd(forward, _backward_of(backward), _setup_context)
+        forbid_double_backward(backward, name)
+    return operators
+
+
+native = _define_operators("")
+triton = _define_operators("_triton")
+for _name, _operator in zip(Operators._fields, triton, strict=True):
+    register_on_first_call(_operator, "bbqrec_kernels.similarity_attention.triton_kernels", _name)

@@ -69,14 +69,15 @@ def test_triton_runs_on_a_gpu_where_it_has_kernels_and_elsewhere_by_name_only(mo
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with FakeTensorMode():
         on_gpu = torch.empty(2, device="cuda")
-    assert _dispatch.choose("residual_quantize", "auto", on_gpu) == "triton"
+    for operator in ("residual_quantize", "similarity_attention", "similarity_attention_varlen"):
+        assert _dispatch.choose(operator, "auto", on_gpu) == "triton"
     with pytest.raises(ValueError, match=r"'triton': the tensors are on cpu, and Triton's interpreter .* is off"):
         _dispatch.choose("residual_quantize", "triton", torch.empty(2))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _dispatch.choose("residual_quantize", "triton", torch.empty(2)) == "triton"
     assert _dispatch.choose("residual_quantize", "auto", torch.empty(2)) == "cpu"
     with pytest.raises(ValueError, match="'triton': this version has no such kernel for it"):
-        _dispatch.choose("similarity_attention", "triton", on_gpu)
+        _dispatch.choose("op", "triton", on_gpu)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ import pytest
 from benchmarks import static
 
 ROOT = Path(__file__).parents[2]
+QUANTIZATION = ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level")
+ATTENTION = ("forward", "backward_rows", "backward_keys", "table_gradients")
+KERNELS = QUANTIZATION + ATTENTION
 OLD_TRITON = ROOT / "build" / "triton-3.6.0"  # `make check` puts it there
 
 
@@ -38,7 +41,7 @@ def test_no_kernel_costs_more_than_recorded(architecture: int) -> None:
         pytest.skip("no Triton: pip install triton")
     recorded = any(row.architecture.startswith(f"sm_{architecture}") for row in static.read())
     output = run("--arch", str(architecture), *(["--check"] if recorded else []))  # otherwise it only has to compile
-    for case in ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level"):
+    for case in KERNELS:
         assert f"\n{case} " in output
 
 
@@ -51,7 +54,7 @@ def test_the_oldest_triton_compiles_every_kernel() -> None:
     environment = {**os.environ, "PYTHONPATH": path}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).startswith("3.6.")
     output = run("--arch", "90", "--triton-only", PYTHONPATH=path)
-    for case in ("quantize", "segment_sums", "join_segments", "decode", "grad_x", "prepare", "wide_level"):
+    for case in KERNELS:
         assert f"\n{case} " in output
 
 
@@ -62,8 +65,24 @@ def test_recorded_table_keeps_the_rules() -> None:
         assert row.loop_spills == 0, row
         if row.kernel == "quantize":
             assert row.tensor_core_instructions > 0, row
-        if row.kernel in ("segment_sums", "join_segments", "quantize", "decode", "grad_x"):
+        if row.kernel in ("segment_sums", "join_segments", "quantize", "decode", "grad_x", *ATTENTION):
             assert row.global_atomics == 0, row
+
+
+# Lane-instructions of a score, with a prefix of 3 levels: what similarity attention has to keep to on sm_90.
+@pytest.mark.parametrize(
+    ("kernel", "shape", "most"),
+    [
+        ("forward", "D=64 prefix L=3, long bf16", 16),
+        ("forward", "D=64 prefix L=3 bf16", 19),
+        ("backward_rows", "D=64 prefix L=3 bf16", 36),
+        ("backward_keys", "D=64 prefix L=3 bf16", 36),
+    ],
+)
+def test_recorded_attention_keeps_its_targets(kernel: str, shape: str, most: float) -> None:
+    (row,) = (r for r in static.read() if (r.kernel, r.shape, r.architecture) == (kernel, shape, "sm_90"))
+    assert row.instructions_per_unit <= most, row
+    assert row.tensor_core_instructions > 0, row
 
 
 def test_what_is_worse_is_a_fault() -> None:

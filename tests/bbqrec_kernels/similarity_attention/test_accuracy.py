@@ -1,5 +1,6 @@
 """Outputs and gradients of the kernels against float64, and what must hold bit for bit."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -19,19 +20,21 @@ from bbqrec_kernels.testing import (
 from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_inputs, random_packed_inputs
 
 ALL_KINDS = ("prefix", "matches", "cosine", "gap")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # and is slow
 
 pytestmark = pytest.mark.usefixtures("target")
 
 
-def check(inputs: AttentionInputs, dtype: torch.dtype, gate: GradientGate | None = None) -> dict[str, torch.Tensor]:
+def check(
+    inputs: AttentionInputs, dtype: torch.dtype, kernel: str, gate: GradientGate | None = None
+) -> dict[str, torch.Tensor]:
     """Compares output and every gradient with float64, and returns the kernel's gradients."""
     actual, plain = inputs.to(dtype).require_grad(), inputs.to(dtype).require_grad()
     oracle = inputs.to(dtype).to(torch.float64).require_grad()
     names = list(inputs.tensors)
     grad = torch.randn(inputs.tensors["query"].shape, generator=torch.Generator().manual_seed(7)).to(dtype)
     with poisoned_outputs():
-        output = actual.attend("cpu")
+        output = actual.attend(kernel)
         gradients = actual.gradients(output, grad, names)
     plain_output, expected = plain.attend_in_plain_torch(), oracle.attend("reference")
     plain_gradients = plain.gradients(plain_output, grad, names)
@@ -51,21 +54,21 @@ def check(inputs: AttentionInputs, dtype: torch.dtype, gate: GradientGate | None
     return gradients
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 8, 60, 100, 128, 256])
-def test_head_sizes(width: int, dtype: torch.dtype) -> None:
-    check(random_inputs(heads=8, rows=33, width=width, kinds=("prefix",), is_causal=True), dtype)
+def test_head_sizes(width: int, dtype: torch.dtype, kernel: str) -> None:
+    check(random_inputs(heads=8, rows=33, width=width, kinds=("prefix",), is_causal=True), dtype, kernel)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (31, 33), (32, 64), (63, 65), (65, 63), (111, 1), (1, 111), (64, 130)]
 )
-def test_sizes(rows: int, columns: int, is_causal: bool) -> None:
-    batch = 2 + 256 // rows  # the worst error of a few rows would be no budget
+def test_sizes(rows: int, columns: int, is_causal: bool, kernel: str) -> None:
+    batch = 2 + (0 if INTERPRETS else 256) // rows  # the worst error of a few rows would be no budget
     gradients = check(
         random_inputs(batch=batch, rows=rows, columns=columns, kinds=("prefix", "gap"), is_causal=is_causal),
         torch.float32,
+        kernel,
     )
     for name in ("table0", "table1"):  # weights sum to one, whatever is added to all of them
         assert gradients[name].sum(-1).abs().max() < 1e-4
@@ -73,65 +76,64 @@ def test_sizes(rows: int, columns: int, is_causal: bool) -> None:
 
 @pytest.mark.parametrize("codebook_size", [None, 4])
 @pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kinds(kind: str, dtype: torch.dtype, codebook_size: int | None) -> None:
-    check(random_inputs(rows=40, columns=37, kinds=(kind,), channels=3, codebook_size=codebook_size), dtype)
+def test_kinds(kind: str, dtype: torch.dtype, codebook_size: int | None, kernel: str) -> None:
+    check(random_inputs(rows=40, columns=37, kinds=(kind,), channels=3, codebook_size=codebook_size), dtype, kernel)
 
 
-def test_all_kinds_together_fill_the_channels() -> None:
-    check(random_inputs(rows=40, kinds=ALL_KINDS, channels=2, is_causal=True), torch.float32)
-    check(random_inputs(rows=40, kinds=("prefix",), channels=8, levels=16, is_causal=True), torch.float32)
+def test_all_kinds_together_fill_the_channels(kernel: str) -> None:
+    check(random_inputs(rows=40, kinds=ALL_KINDS, channels=2, is_causal=True), torch.float32, kernel)
+    check(random_inputs(rows=40, kinds=("prefix",), channels=8, levels=16, is_causal=True), torch.float32, kernel)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_lengths(is_causal: bool, dtype: torch.dtype) -> None:
+def test_lengths(is_causal: bool, dtype: torch.dtype, kernel: str) -> None:
     inputs = random_inputs(batch=5, rows=40, columns=50, kinds=("prefix",), is_causal=is_causal)
     inputs = replace(
         inputs, query_lengths=torch.tensor([40, 1, 0, 33, 7]), key_lengths=torch.tensor([50, 50, 3, 0, 34])
     )
-    check(inputs, dtype)
+    check(inputs, dtype, kernel)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "lengths", [[5] * 40, [0, 1, 2, 0] * 200, [63, 1, 65, 0, 32, 33]], ids=["even", "short", "odd"]
+    "lengths",
+    [[5] * 40, [0, 1, 2, 0] * (20 if INTERPRETS else 200), [63, 1, 65, 0, 32, 33]],
+    ids=["even", "short", "odd"],
 )
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_packed_sequences(lengths: list[int], is_causal: bool, dtype: torch.dtype) -> None:
-    check(random_packed_inputs(lengths, kinds=("prefix", "gap"), is_causal=is_causal), dtype)
+def test_packed_sequences(lengths: list[int], is_causal: bool, dtype: torch.dtype, kernel: str) -> None:
+    check(random_packed_inputs(lengths, kinds=("prefix", "gap"), is_causal=is_causal), dtype, kernel)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_subset_of_gradients(packed: bool) -> None:
+def test_every_subset_of_gradients(packed: bool, kernel: str) -> None:
     """What is asked for does not change by what else is; what is not asked for is not computed."""
     if packed:
         inputs = random_packed_inputs([5, 9], kinds=("prefix", "gap"), is_causal=True)
     else:
         inputs = random_inputs(rows=9, kinds=("prefix", "gap"), is_causal=True)
     full = inputs.require_grad()
-    output = full.attend("cpu")
+    output = full.attend(kernel)
     grad = torch.randn_like(output)
     expected = full.gradients(output, grad, list(full.tensors))
     for subset in requires_grad_subsets(list(inputs.tensors)):
         some = inputs.require_grad(subset)
-        output = some.attend("cpu")
+        output = some.attend(kernel)
         output.backward(grad)
         for name, tensor in some.tensors.items():
             if name in subset:
                 assert torch.equal(tensor.grad, expected[name]), (subset, name)
             else:
                 assert tensor.grad is None, (subset, name)
-    assert not inputs.attend("cpu").requires_grad
+    assert not inputs.attend(kernel).requires_grad
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs_and_of_the_incoming_gradient(layout: str, packed: bool) -> None:
+def test_layouts_of_inputs_and_of_the_incoming_gradient(layout: str, packed: bool, kernel: str) -> None:
     make = random_packed_inputs if packed else random_inputs
     options = {"lengths": [5, 9]} if packed else {"rows": 9}
     inputs = make(**options, kinds=ALL_KINDS, channels=2).require_grad()
-    output = inputs.attend("cpu")
+    output = inputs.attend(kernel)
     grad = torch.randn(output.shape)
     expected = inputs.gradients(output, grad, list(inputs.tensors))
     other = replace(
@@ -140,7 +142,7 @@ def test_layouts_of_inputs_and_of_the_incoming_gradient(layout: str, packed: boo
         compared=tuple((with_layout(left, layout), with_layout(right, layout)) for left, right in inputs.compared),
     )
     with poisoned_outputs():
-        actual = other.attend("cpu")
+        actual = other.attend(kernel)
         gradients = other.gradients(actual, with_layout(grad, layout), list(other.tensors))
     assert torch.equal(actual, output)
     for name, gradient in gradients.items():
@@ -188,13 +190,14 @@ def test_heads_inside_are_read_and_written_where_they_are() -> None:
         assert gradient.transpose(1, 2).is_contiguous()
 
 
-def test_expanded_inputs() -> None:
+def test_expanded_inputs(kernel: str) -> None:
     query = torch.randn(1, 1, 5, 8).expand(2, 3, 5, 8).requires_grad_()
-    output = similarity_attention(query, query, query, impl="cpu")
+    output = similarity_attention(query, query, query, impl=kernel)
     expected = similarity_attention(query, query, query, impl="reference")
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.skipif(INTERPRETS, reason="the CPU kernels have threads")
 @pytest.mark.parametrize("packed", [False, True])
 def test_thread_count_does_not_change_a_bit(packed: bool) -> None:
     make = random_packed_inputs if packed else random_inputs
@@ -213,8 +216,6 @@ def test_thread_count_does_not_change_a_bit(packed: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_zero_table_is_plain_attention_bit_for_bit(impl: str, dtype: torch.dtype) -> None:
     inputs = random_inputs(rows=50, kinds=ALL_KINDS, is_causal=True).to(dtype)
     zeros = {n: torch.zeros_like(t) if n.startswith("table") else t for n, t in inputs.tensors.items()}
@@ -231,18 +232,17 @@ def test_zero_table_is_plain_attention_bit_for_bit(impl: str, dtype: torch.dtype
         outputs = [with_tables.attend(impl), without.attend(impl)]
 
 
-def test_plain_attention_is_that_of_torch() -> None:
+def test_plain_attention_is_that_of_torch(kernel: str) -> None:
     query, key, value = torch.randn(3, 2, 4, 33, 24)
     for is_causal in (False, True):
         expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
         for terms in (None, []):
-            actual = similarity_attention(query, key, value, terms, is_causal=is_causal)
+            actual = similarity_attention(query, key, value, terms, is_causal=is_causal, impl=kernel)
             torch.testing.assert_close(actual, expected)
     scaled = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
-    torch.testing.assert_close(similarity_attention(query, key, value, scale=0.5), scaled)
+    torch.testing.assert_close(similarity_attention(query, key, value, scale=0.5, impl=kernel), scaled)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_forbidden_buckets(impl: str) -> None:
     """A bucket of -inf gets no weight and no gradient; rows where all is forbidden are zeros with zero gradients."""
     inputs = random_inputs(batch=1, rows=12, kinds=("prefix",), channels=1).require_grad()
@@ -262,7 +262,6 @@ def test_forbidden_buckets(impl: str) -> None:
         assert gradient.isfinite().all(), name
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nan_and_infinity_stay_out_of_rows_that_do_not_see_them(poison: float, name: str, impl: str) -> None:
@@ -279,10 +278,12 @@ def test_nan_and_infinity_stay_out_of_rows_that_do_not_see_them(poison: float, n
     with torch.no_grad():
         inputs.tensors[name][0, 0, 2] = 0
     clean = inputs.attend(impl)[0, 0, :4]
-    assert torch.equal(clean, output[0, 0, :4])
+    if impl == "triton":  # sums over visible pairs alone go another way
+        torch.testing.assert_close(clean, output[0, 0, :4])
+    else:
+        assert torch.equal(clean, output[0, 0, :4])
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_gradients_of_rows_that_see_no_nan_are_finite(impl: str) -> None:
     inputs = random_inputs(batch=1, heads=1, rows=4, kinds=("prefix",), is_causal=True).require_grad()
     with torch.no_grad():
@@ -294,15 +295,15 @@ def test_gradients_of_rows_that_see_no_nan_are_finite(impl: str) -> None:
 
 
 @pytest.mark.parametrize("scaled", ["query", "table0"])
-def test_large_scores_keep_the_budgets(scaled: str) -> None:
+def test_large_scores_keep_the_budgets(scaled: str, kernel: str) -> None:
     """The difference of two large numbers, a score and the logsumexp, must not lose what the forward knew."""
     inputs = random_inputs(batch=8, heads=4, rows=64, kinds=("prefix",), is_causal=True)
     change = (lambda t: t * 1000) if scaled == "query" else (lambda t: t + 1e4)
     inputs = replace(inputs, tensors={**inputs.tensors, scaled: change(inputs.tensors[scaled])})
-    check(inputs, torch.float32, GradientGate(relative_l2=2e-3, cosine=1 - 1e-5))  # float32 rounds such scores by 1e-4
+    gate = GradientGate(relative_l2=2e-3, cosine=1 - 1e-5)  # float32 rounds such scores by 1e-4
+    check(inputs, torch.float32, kernel, gate)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_nan_stays_where_it_matters(impl: str, name: str) -> None:
     inputs = random_inputs(batch=1, heads=2, rows=6, kinds=("prefix",)).require_grad()
@@ -317,7 +318,6 @@ def test_nan_stays_where_it_matters(impl: str, name: str) -> None:
     assert gradients["table0"][:, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_what_is_past_the_lengths_is_never_read(impl: str) -> None:
     inputs = random_inputs(batch=2, rows=6, columns=7, kinds=("prefix",))
     inputs = replace(inputs, query_lengths=torch.tensor([4, 0]), key_lengths=torch.tensor([5, 7]))
@@ -338,13 +338,13 @@ def test_what_is_past_the_lengths_is_never_read(impl: str) -> None:
         assert torch.equal(gradients[0][name], gradients[1][name]), name
 
 
-def test_large_scores_do_not_overflow() -> None:
+def test_large_scores_do_not_overflow(kernel: str) -> None:
     query = torch.full((1, 1, 4, 8), 1e4)
     value = torch.randn(1, 1, 4, 8)
-    torch.testing.assert_close(similarity_attention(query, query, value), value.mean(2, keepdim=True).expand_as(value))
+    output = similarity_attention(query, query, value, impl=kernel)
+    torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(value))
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
 def test_empty_inputs(impl: str, shape: tuple[int, ...]) -> None:
     query, key, value = (torch.zeros(shape).requires_grad_() for _ in range(3))
@@ -353,7 +353,6 @@ def test_empty_inputs(impl: str, shape: tuple[int, ...]) -> None:
     assert output.shape == query.grad.shape == shape
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_no_keys_at_all(impl: str) -> None:
     query = torch.randn(1, 2, 3, 4, requires_grad=True)
     key, value = torch.zeros(2, 1, 2, 0, 4).unbind(0)
@@ -363,7 +362,6 @@ def test_no_keys_at_all(impl: str) -> None:
     assert (query.grad == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_no_tokens_at_all(impl: str) -> None:
     query = torch.zeros(0, 2, 4, requires_grad=True)
     for starts in ([0], [0, 0, 0]):
@@ -373,10 +371,10 @@ def test_no_tokens_at_all(impl: str) -> None:
         assert output.shape == query.grad.shape == (0, 2, 4)
 
 
-def test_packed_equals_one_by_one_bit_for_bit() -> None:
+def test_packed_equals_one_by_one_bit_for_bit(kernel: str) -> None:
     lengths = [3, 40, 0, 17]
     inputs = random_packed_inputs(lengths, kinds=("prefix", "gap"), is_causal=True)
-    together = inputs.attend("cpu")
+    together = inputs.attend(kernel)
     for start, end in zip(inputs.cu_seqlens.tolist(), inputs.cu_seqlens.tolist()[1:], strict=False):
         if end > start:
             alone = replace(
@@ -385,4 +383,4 @@ def test_packed_equals_one_by_one_bit_for_bit() -> None:
                 compared=tuple((left[start:end], right[start:end]) for left, right in inputs.compared),
                 cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32),
             )
-            assert torch.equal(alone.attend("cpu"), together[start:end])
+            assert torch.equal(alone.attend(kernel), together[start:end])

@@ -112,7 +112,7 @@ def test_exp_overflows_to_infinity_where_the_logsumexp_is_not_that_of_the_scores
         lse = torch.tensor([[[logsumexp]]], dtype=torch.float64)
         terms = api._flatten((), one)
         needs = (False, False, True, False)
-        gradients = ops.similarity_attention_backward(
+        gradients = ops.native.similarity_attention_backward(
             one, zero, lse, zero, one, one, *terms, None, None, False, 1.0, *needs
         )
         expected = torch.tensor(-logsumexp, dtype=torch.float64).exp().float()
@@ -122,10 +122,10 @@ def test_exp_overflows_to_infinity_where_the_logsumexp_is_not_that_of_the_scores
 def test_logsumexp_is_nearly_double() -> None:
     query, key = torch.randn(1, 1, 77, 8), torch.randn(1, 1, 300, 8)
     terms = api._flatten((), query)
-    _, actual = ops.similarity_attention(query, key, key, *terms, None, None, False, 1.0)
+    _, actual = ops.native.similarity_attention(query, key, key, *terms, None, None, False, 1.0)
     expected = (query.double() @ key.double().transpose(-1, -2)).logsumexp(-1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)  # what float32 makes of the scores
-    _, actual = ops.similarity_attention(query, 0 * key, key, *terms, None, None, False, 1.0)
+    _, actual = ops.native.similarity_attention(query, 0 * key, key, *terms, None, None, False, 1.0)
     torch.testing.assert_close(actual, torch.full_like(actual, 300).log(), rtol=0, atol=1e-12)
 
 

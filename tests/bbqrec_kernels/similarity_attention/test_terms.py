@@ -10,7 +10,6 @@ from bbqrec_kernels import PackedCodes, cosine, gap, matches, pack, prefix, simi
 from bbqrec_kernels.similarity_attention.reference import buckets
 from bbqrec_kernels.testing.similarity_attention import random_inputs
 
-IMPLEMENTATIONS = ("reference", "cpu")
 pytestmark = pytest.mark.usefixtures("target")
 LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
@@ -29,7 +28,6 @@ def buckets_seen(term, rows: int, columns: int, impl: str) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("codebook_size", [None, 4, 2**20])
 def test_prefix_and_matches_count_levels(impl: str, codebook_size: int | None) -> None:
     left = torch.tensor([[3, 1, 2], [3, 1, 0], [3, 0, 2], [0, 1, 2], [-1, 1, 2], [3, -1, 2]])
@@ -45,7 +43,6 @@ def test_prefix_and_matches_count_levels(impl: str, codebook_size: int | None) -
         assert buckets_seen(term, 3, 6, impl).tolist() == expected
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("codebook_size", [None, 4])
 def test_negative_codes_agree_with_nothing_not_even_themselves(impl: str, codebook_size: int | None) -> None:
     codes = torch.tensor([[-1, -1], [-7, -7]])[None, :, None]
@@ -54,7 +51,6 @@ def test_negative_codes_agree_with_nothing_not_even_themselves(impl: str, codebo
         assert buckets_seen(term, 2, 2, impl).tolist() == [[0, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gap_is_the_bit_length_of_the_distance(impl: str) -> None:
     keys = [0, 1, 2, 3, 4, 7, 8, 2**31, 2**62, HIGHEST, -1, -4, LOWEST]
     for origin in (0, 5, HIGHEST, LOWEST):
@@ -67,7 +63,6 @@ def test_gap_is_the_bit_length_of_the_distance(impl: str) -> None:
         assert buckets_seen(term, 1, len(keys), impl)[0].tolist() == expected
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gap_on_both_sides_of_every_power_of_two(impl: str) -> None:
     distances = [2**bits + step for bits in range(2, 29) for step in (-1, 0, 1)]  # near ones: a float may round them
     term = gap(
@@ -79,7 +74,6 @@ def test_gap_on_both_sides_of_every_power_of_two(impl: str) -> None:
     assert buckets_seen(term, 1, len(distances), impl)[0].tolist() == expected
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gap_puts_what_is_too_far_into_the_last_bucket(impl: str) -> None:
     term = gap(
         torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 4), key_positions=torch.arange(9)[None, :, None]
@@ -87,7 +81,6 @@ def test_gap_puts_what_is_too_far_into_the_last_bucket(impl: str) -> None:
     assert buckets_seen(term, 1, 9, impl)[0].tolist() == [0, 1, 2, 2, 3, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("boundaries", "expected"),
     [
@@ -105,16 +98,14 @@ def test_cosine_searches_the_boundaries(impl: str, boundaries: Tensor | None, ex
     assert buckets_seen(term, 1, 6, impl)[0].tolist() == expected
 
 
-def test_one_bucket_holds_everything() -> None:
-    for impl in IMPLEMENTATIONS:
-        for term in (
-            cosine(torch.randn(1, 3, 1, 2), torch.zeros(1, 1, 1)),
-            gap(torch.arange(3)[None, :, None], torch.zeros(1, 1, 1)),
-        ):
-            assert buckets_seen(term, 3, 3, impl).tolist() == [[0, 0, 0]] * 3
+def test_one_bucket_holds_everything(impl: str) -> None:
+    for term in (
+        cosine(torch.randn(1, 3, 1, 2), torch.zeros(1, 1, 1)),
+        gap(torch.arange(3)[None, :, None], torch.zeros(1, 1, 1)),
+    ):
+        assert buckets_seen(term, 3, 3, impl).tolist() == [[0, 0, 0]] * 3
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_vector_makes_its_scores_nan(impl: str) -> None:
     vectors = torch.ones(1, 3, 1, 2)
     vectors[0, 1] = torch.nan
@@ -123,7 +114,7 @@ def test_nan_vector_makes_its_scores_nan(impl: str) -> None:
     assert attended[0, 0].isnan().any(-1).tolist() == [False, True, True]
 
 
-def test_words_use_all_bits_up_to_64() -> None:
+def test_words_use_all_bits_up_to_64(kernel: str) -> None:
     """32 levels would be too many; 16 levels of 4 bits fill the word, and 15 codewords need their 2 sentinels."""
     codes = torch.randint(-1, 14, (50, 1, 16), generator=torch.Generator().manual_seed(0))
     codes[25:, :, :12] = codes[:25, :, :12]
@@ -138,7 +129,7 @@ def test_words_use_all_bits_up_to_64() -> None:
     batched = [t._replace(query=t.query[None], key=t.key[None]) for t in (term, plain)]
     expected = buckets(batched[1], 0)[0][0]
     words = [t if t is None else t[None] for t in (term.query_words, term.key_words)]
-    seen = buckets_seen(batched[0]._replace(query_words=words[0], key_words=words[1]), 50, 50, "cpu")
+    seen = buckets_seen(batched[0]._replace(query_words=words[0], key_words=words[1]), 50, 50, kernel)
     assert torch.equal(seen, expected)
     assert pack(codes, 15).bits == 0  # 5 bits a level: 80 bits
     assert pack(codes, 15).query is None
@@ -169,11 +160,11 @@ def test_packed_codes_serve_as_query_and_as_key() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_any_integer_dtype_of_codes(dtype: torch.dtype) -> None:
+def test_any_integer_dtype_of_codes(dtype: torch.dtype, kernel: str) -> None:
     codes = torch.tensor([[[[0, 1]], [[0, 2]]]], dtype=dtype)
     for codebook_size in (None, 3):
         term = prefix(codes, torch.zeros(1, 1, 3), codebook_size=codebook_size)
-        assert buckets_seen(term, 2, 2, "cpu").tolist() == [[2, 1], [1, 2]]
+        assert buckets_seen(term, 2, 2, kernel).tolist() == [[2, 1], [1, 2]]
 
 
 def attention_with_loops(inputs) -> Tensor:

@@ -1,0 +1,155 @@
+"""The Triton kernels of similarity attention: tiles, sums in passes, long tables, tokens that nothing covers, NaN."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbqrec_kernels import similarity_attention_varlen
+from bbqrec_kernels.similarity_attention import api
+from bbqrec_kernels.similarity_attention import triton_kernels as tk
+from bbqrec_kernels.testing import poisoned_outputs
+from bbqrec_kernels.testing.similarity_attention import AttentionInputs, random_inputs, random_packed_inputs
+
+
+def results(inputs: AttentionInputs, impl: str = "triton") -> dict[str, Tensor]:
+    """Output and every gradient."""
+    inputs = inputs.require_grad()
+    grad = torch.randn(inputs.tensors["query"].shape, generator=torch.Generator().manual_seed(3))
+    with poisoned_outputs():
+        output = inputs.attend(impl)
+        return {"output": output, **inputs.gradients(output, grad, list(inputs.tensors))}
+
+
+def assert_like_float64(inputs: AttentionInputs) -> None:
+    expected = results(inputs.to(torch.float64), "reference")
+    for name, actual in results(inputs).items():
+        error = (actual.double() - expected[name]).norm() / expected[name].norm().clamp(min=2)
+        assert error < 3e-6, (name, float(error))
+
+
+# Around 16, 32 and 64: rows and keys of a tile.
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(15, 17), (33, 31), (64, 64), (65, 129), (129, 65), (128, 192), (2, 96)])
+def test_triton_tiles(rows: int, columns: int, is_causal: bool) -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=rows, columns=columns, width=9, channels=1, is_causal=is_causal)
+    assert_like_float64(inputs)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_triton_wide_tiles_of_long_sequences(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    monkeypatch.setattr(tk, "_FORWARD", tk._FORWARD | {(64, True): (64, 128, 4, 2)})  # as for bfloat16
+    inputs = random_inputs(batch=1, heads=1, rows=70, columns=300, channels=1, is_causal=is_causal)
+    assert_like_float64(inputs)
+    channels = tk.channels_of("prefix", bits=3, buckets=4)
+    tiles = [tk.forward_constants(64, torch.bfloat16, channels, keys)["BLOCK_KEYS"] for keys in (200, 2048)]
+    assert tiles == [64, 128]
+
+
+@pytest.mark.parametrize("n_buckets", [1, 2, 8, 9, 17, 18, 33])
+def test_triton_tables_of_every_length(n_buckets: int) -> None:
+    """In registers up to 17 buckets, 8 for a gap, and in memory; their gradients in passes of 16 sums."""
+    generator = torch.Generator().manual_seed(n_buckets)
+    far = tuple(torch.randint(0, 2 ** min(n_buckets, 62), (1, 20, 1), generator=generator) for _ in range(2))
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("gap",), channels=1, n_buckets=n_buckets)
+    assert_like_float64(replace(inputs, compared=(far,)))
+    if n_buckets % 2 == 1:  # otherwise 0 is a boundary, and similarities are near it
+        kinds = {"kinds": ("cosine",), "channels": 1, "n_buckets": n_buckets}
+        assert_like_float64(random_inputs(batch=1, heads=1, rows=20, **kinds))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "matches"])
+@pytest.mark.parametrize(("levels", "size"), [(1, 4), (4, 254), (4, 256), (8, 4), (16, 4), (16, 14)])
+def test_triton_packed_words_give_the_bits_of_separate_codes(kind: str, levels: int, size: int) -> None:
+    """Words of up to 32 bits, which are exactly filled by 4 levels of 254 codewords, and wider ones."""
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=(kind,), channels=1, levels=levels, codebook_size=size)
+    packed, separate = results(inputs), results(replace(inputs, codebook_size=None))
+    for name, tensor in packed.items():
+        assert torch.equal(tensor, separate[name]), name
+
+
+def test_triton_clears_tokens_that_no_sequence_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where starts are not looked at: zeros, and nothing is read out of bounds."""
+    inputs = random_packed_inputs([5, 70, 9, 80], kinds=("prefix",), channels=1, is_causal=True)
+    covered = {n: t if n.startswith("table") else t[5:84] for n, t in inputs.tensors.items()}
+    inside = replace(
+        inputs,
+        tensors=covered,
+        compared=tuple((left[5:84], right[5:84]) for left, right in inputs.compared),
+        cu_seqlens=torch.tensor([0, 70, 79], dtype=torch.int32),
+    )
+    expected = results(inside, "reference")
+    monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
+    monkeypatch.setattr(api, "is_on_cpu_to_look_at", lambda _: False)
+    some = replace(inputs, cu_seqlens=torch.tensor([5, 75, 84], dtype=torch.int32))
+    grad = torch.randn(79, 2, 16, generator=torch.Generator().manual_seed(3))
+    padded = torch.zeros(164, 2, 16)
+    padded[5:84] = grad
+    leaves = some.require_grad()
+    with poisoned_outputs():
+        output = leaves.attend("triton")
+        found = {"output": output, **leaves.gradients(output, padded, list(leaves.tensors))}
+    for name, tensor in found.items():
+        if name.startswith("table"):
+            torch.testing.assert_close(tensor, expected[name])
+        else:
+            torch.testing.assert_close(tensor[5:84], expected[name])
+            assert (tensor[:5] == 0).all()
+            assert (tensor[84:] == 0).all()
+
+
+def test_triton_clears_all_tokens_where_there_is_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_packed_inputs([5], kinds=("prefix",), channels=1).require_grad()
+    monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
+    monkeypatch.setattr(api, "is_on_cpu_to_look_at", lambda _: False)
+    query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+    packing = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_seqlen": 5, "impl": "triton"}
+    with poisoned_outputs():
+        output = similarity_attention_varlen(query, key, value, inputs.terms(), **packing)
+        gradients = inputs.gradients(output, torch.ones_like(output), list(inputs.tensors))
+    assert (output == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_triton_gives_the_same_bits_twice() -> None:
+    inputs = random_packed_inputs([3, 70, 20], kinds=("prefix", "gap"), channels=1, is_causal=True)
+    for one, other in zip(results(inputs).values(), results(inputs).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "grad"])
+def test_triton_nan_beyond_the_diagonal_of_a_tile_stays_there(poisoned: str) -> None:
+    """Rows that do not see a token, and tokens that a row does not see, keep their outputs and gradients."""
+    clean = random_inputs(batch=1, heads=1, rows=70, kinds=("prefix",), channels=1, is_causal=True).require_grad()
+    dirty = clean.require_grad()
+    grad, at = torch.randn(1, 1, 70, 16), 40
+    dirty_grad = grad.clone()
+    with torch.no_grad():
+        (dirty_grad if poisoned == "grad" else dirty.tensors[poisoned])[0, 0, at] = torch.nan
+    names = ["query", "key", "value"]
+    outputs = [inputs.attend("triton") for inputs in (clean, dirty)]
+    ups = (grad, dirty_grad)
+    gradients = [i.gradients(o, g, names) for i, o, g in zip((clean, dirty), outputs, ups, strict=True)]
+    found = {"output": [o[0, 0] for o in outputs]} | {name: [g[name][0, 0] for g in gradients] for name in names}
+    row = torch.arange(70)
+    is_row_bad = row == at if poisoned in ("query", "grad") else row >= at
+    # A key that a bad row sees has a bad gradient: of one bad row those before it, of all rows from `at` on all keys.
+    is_key_bad = row <= at if poisoned in ("query", "grad") else row >= 0
+    bad = {"output": is_row_bad & (poisoned != "grad"), "query": is_row_bad, "key": is_key_bad, "value": is_key_bad}
+    if poisoned == "value":
+        bad["value"] = row < 0  # weights do not depend on values
+    for name, (expected, actual) in found.items():
+        assert torch.equal(actual.isnan().all(-1), bad[name]), name
+        torch.testing.assert_close(actual[~bad[name]], expected[~bad[name]])
+
+
+def test_triton_nan_reaches_the_gradient_of_the_first_bucket() -> None:
+    """It is what the others leave of a sum that is zero, or NaN: here no pair of the bad row is in another bucket."""
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("prefix",), channels=1).require_grad()
+    inputs.compared[0][0][0, 3] = -1
+    with torch.no_grad():
+        inputs.tensors["query"][0, 0, 3] = torch.nan
+    output = inputs.attend("triton")
+    (gradient,) = inputs.gradients(output, torch.ones_like(output), ["table0"]).values()
+    assert gradient[0, 0].isnan().tolist() == [True, False, False, False]

@@ -115,7 +115,7 @@ def test_eight_channels_and_none(dtype: torch.dtype) -> None:
 def test_logsumexp_is_that_of_the_scores() -> None:
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)):
         query, key = (torch.randn(1, 2, 70, 16).to(dtype) for _ in range(2))
-        _, found = ops.similarity_attention(query, key, key, *api._flatten((), query), None, None, False, 1.0)
+        _, found = ops.native.similarity_attention(query, key, key, *api._flatten((), query), None, None, False, 1.0)
         expected = (query.double() @ key.double().transpose(-1, -2)).logsumexp(-1)
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * 4)
 
@@ -267,10 +267,10 @@ def test_tokens_that_no_sequence_covers_give_zeros() -> None:
     for starts, longest in (([3, 43, 47], 40), ([0, 60, 77], 50), ([5], 0), ([-9, 20, 900], 100)):
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
         with poisoned_outputs():
-            output, logsumexp = ops.similarity_attention_varlen(
+            output, logsumexp = ops.native.similarity_attention_varlen(
                 query, key, value, *flat, cu_seqlens, longest, True, 0.3
             )
-            gradients = ops.similarity_attention_varlen_backward(
+            gradients = ops.native.similarity_attention_varlen_backward(
                 output, output, logsumexp, query, key, value, *flat, cu_seqlens, longest, True, 0.3, *[True] * 4
             )
         covered = torch.zeros(77, dtype=torch.bool)
@@ -282,7 +282,7 @@ def test_tokens_that_no_sequence_covers_give_zeros() -> None:
         assert torch.equal(logsumexp[:, 0] == -torch.inf, ~covered)
         assert gradients[3].isfinite().all()
     decreasing = torch.tensor([9, 3, 90, -5], dtype=torch.int32)  # no values are promised, but no address is wrong
-    ops.similarity_attention_varlen(query, key, value, *flat, decreasing, 30, True, 0.3)
+    ops.native.similarity_attention_varlen(query, key, value, *flat, decreasing, 30, True, 0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

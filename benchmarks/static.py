@@ -131,11 +131,11 @@ def measure(assembly: str) -> dict[str, int]:
         return opcodes(instructions[loop.start : loop.end + 1])
 
     found = loops(instructions, labels)
-    with_tensor_cores = [loop for loop in found if tensor_core_instructions(of(loop))]
-    candidates = [of(loop) for loop in innermost(with_tensor_cores or found)]
-    main = max(candidates or [Counter()], key=lambda loop: (tensor_core_instructions(loop), -loop.total()))
-    if not with_tensor_cores:
-        main = max(candidates or [Counter()], key=lambda loop: loop.total())
+    with_tensor_cores = [of(loop) for loop in innermost([a for a in found if tensor_core_instructions(of(a))])]
+    if with_tensor_cores:
+        main = max(with_tensor_cores, key=lambda loop: (tensor_core_instructions(loop), -loop.total()))
+    else:
+        main = max(map(of, innermost(found)), key=lambda loop: loop.total(), default=Counter())
     return {
         "instructions": counts.total(),
         "loop_instructions": main.total(),

@@ -56,7 +56,9 @@ def test_attention_runs(operator) -> None:
     rows, passed = runner.run([operator], QUICK, lines.append)
     assert passed, lines
     assert {(OURS, direction) for direction in DIRECTIONS} <= {(row.provider, row.direction) for row in rows}
-    assert len({row.provider for row in rows}) == 3
+    assert len({row.provider for row in rows}) == len(operator.providers) - sum(
+        p.slow_start for p in operator.providers
+    )
 
 
 @pytest.mark.parametrize("operator", operators(), ids=lambda operator: operator.name)
@@ -100,7 +102,8 @@ def test_turns_are_fair_and_times_are_those_of_the_clock() -> None:
         return lambda: (order.append(name), time.sleep(seconds))
 
     samples = timing.measure({"a": sleep("a", 0.004), "b": sleep("b", 0.012)}, CPU, 0.0, least_rounds=4)
-    assert order[-8:] == ["a", "b"] * 4
+    rounds = [tuple(order[i : i + 2]) for i in range(len(order) - 8, len(order), 2)]
+    assert set(rounds) == {("a", "b"), ("b", "a")}  # each round both, in an order of its own
     assert 0.004 <= samples["a"].least < samples["b"].least
     assert len(samples["a"].seconds) == 4
 

@@ -1,11 +1,10 @@
 """What the GPU kernels cost, told without a GPU: `python -m benchmarks.static`.
 
 Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, and counts in the machine code: registers,
-spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the one
-with the most tensor-core instructions among the loops that hold no other loop with such instructions, or the longest
-innermost loop where there are none. It counts with all its branches: in the attention of csrc/cuda those of every kind
-of term, of which a channel takes one. Attention has one for whole tiles, the shorter, which counts, and one for tiles
-in which pairs are hidden; neither may spill.
+spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
+innermost one with the most tensor-core instructions, or the longest innermost loop where none has any (as in attention
+over codes that are not packed, whose innermost loop compares levels). Attention has one for whole tiles, the shorter,
+which counts, and one for tiles in which pairs are hidden; neither may spill.
 
 The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
 got worse. tests/compile_only/test_static.py is that comparison.
@@ -126,16 +125,12 @@ def measure(assembly: str) -> dict[str, int]:
     """The counts of a row that come from machine code."""
     instructions, labels = parse(assembly)
     counts = opcodes(instructions)
-
-    def of(loop: Loop) -> Counter[str]:
-        return opcodes(instructions[loop.start : loop.end + 1])
-
-    found = loops(instructions, labels)
-    with_tensor_cores = [of(loop) for loop in innermost([a for a in found if tensor_core_instructions(of(a))])]
+    inner = [opcodes(instructions[loop.start : loop.end + 1]) for loop in innermost(loops(instructions, labels))]
+    with_tensor_cores = [loop for loop in inner if tensor_core_instructions(loop)]
     if with_tensor_cores:
         main = max(with_tensor_cores, key=lambda loop: (tensor_core_instructions(loop), -loop.total()))
     else:
-        main = max(map(of, innermost(found)), key=lambda loop: loop.total(), default=Counter())
+        main = max(inner, key=lambda loop: loop.total(), default=Counter())
     return {
         "instructions": counts.total(),
         "loop_instructions": main.total(),

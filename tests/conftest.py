@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -80,15 +81,29 @@ def simt() -> ModuleType:
 
 
 @pytest.fixture
-def attention_on_simt(simt: ModuleType) -> Iterator[None]:
+def attention_on_simt(simt: ModuleType, standing_in_for_cpu: Callable) -> Iterator[None]:
     """While it lasts, impl="cpu" of the attention functions is csrc/simt."""
+    with standing_in_for_cpu(_kernels(simt)):
+        yield
+
+
+@pytest.fixture
+def standing_in_for_cpu() -> Callable[[dict[str, Callable]], AbstractContextManager[None]]:
+    """Within what it returns, these kernels, by name of the operator, stand where the CPU kernels are registered."""
+    return _standing_in_for_cpu
+
+
+@contextmanager
+def _standing_in_for_cpu(kernels: dict[str, Callable]) -> Iterator[None]:
     library = torch.library.Library("bbqrec_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is another kernel is the point
-        for name, kernel in _kernels(simt).items():
+        for name, kernel in kernels.items():
             library.impl(name, kernel, "CPU", allow_override=True)
-    yield
-    library._destroy()
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _kernels(simt: ModuleType) -> dict:

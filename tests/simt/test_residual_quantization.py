@@ -3,7 +3,6 @@
 Their values are tested where those of every implementation are, in tests/bbqrec_kernels/residual_quantization.
 """
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -11,15 +10,6 @@ import pytest
 import torch
 
 from bbqrec_kernels.testing import residual_quantization as rq
-
-DEFAULT_LIMITS = (3, 227 * 1024)
-
-
-@pytest.fixture(autouse=True)
-def _defaults(simt: ModuleType) -> Iterator[None]:
-    yield
-    simt.set_order("forward")
-    simt.set_limits(*DEFAULT_LIMITS)
 
 
 def everything(simt: ModuleType, x: torch.Tensor, codebooks: torch.Tensor) -> list[np.ndarray]:

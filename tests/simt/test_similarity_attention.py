@@ -3,7 +3,6 @@
 Their values are tested where those of every implementation are, in tests/bbqrec_kernels/similarity_attention.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.usefixtures("attention_on_simt")
 
 ALL_KINDS = ("prefix", "matches", "cosine", "gap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_LIMITS = (3, 227 * 1024)
-
-
-@pytest.fixture(autouse=True)
-def _defaults(simt: ModuleType) -> Iterator[None]:
-    yield
-    simt.set_order("forward")
-    simt.set_limits(*DEFAULT_LIMITS)
-    simt.leave_out("", 0)
 
 
 def results(inputs: AttentionInputs, impl: str = "cpu") -> dict[str, Tensor]:

@@ -4,8 +4,7 @@ In a process that runs Triton's interpreter (TRITON_INTERPRET=1, see tests/inter
 """
 
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import numpy as np
@@ -64,15 +63,10 @@ def running(name: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def simt_for_cpu(simt: ModuleType):
+def simt_for_cpu(simt: ModuleType, standing_in_for_cpu: Callable) -> Iterator[None]:
     """Registers the kernels of csrc/simt in place of the CPU kernels."""
-    library = torch.library.Library("bbqrec_kernels", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is another kernel is the point
-        for name, kernel in _kernels(simt).items():
-            library.impl(name, kernel, "CPU", allow_override=True)
-    yield
-    library._destroy()
+    with standing_in_for_cpu(_kernels(simt)):
+        yield
 
 
 def _kernels(simt: ModuleType) -> dict:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bbqrec_kernels._autotune import Constants, tuned
 from bbqrec_kernels._checks import FLOATS, is_on_cpu_to_look_at
 from bbqrec_kernels.similarity_attention.terms import KINDS, MAX_BUCKETS, MAX_CHANNELS
 
@@ -1603,7 +1605,7 @@ def _table_gradients_kernel(
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
 
 
-def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...], keys: int) -> dict[str, object]:
+def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...], keys: int) -> Constants:
     """Compile-time constants and launch options of `_forward_kernel`; `keys`: of the longest sequence."""
     constants = _constants(_FORWARD, width, dtype)
     is_light = len(channels) <= _FEW and all(channel[_KIND.value] == _PREFIX.value for channel in channels)
@@ -1612,13 +1614,13 @@ def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...
     return constants
 
 
-def backward_rows_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> dict[str, object]:
+def backward_rows_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> Constants:
     """The same for `_backward_rows_kernel`."""
     constants = _constants(_BACKWARD_ROWS, width, dtype)
     return constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2)} if _is_heavy(channels) else constants
 
 
-def backward_keys_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> dict[str, object]:
+def backward_keys_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> Constants:
     """The same for `_backward_keys_kernel`."""
     constants = _constants(_BACKWARD_KEYS, width, dtype)
     return constants | {"BLOCK_ROWS": max(16, constants["BLOCK_ROWS"] // 2)} if _is_heavy(channels) else constants
@@ -1664,7 +1666,7 @@ _BACKWARD_KEYS = {
 }
 
 
-def _constants(tiles: dict[tuple[int, bool], tuple[int, ...]], width: int, dtype: torch.dtype) -> dict[str, object]:
+def _constants(tiles: dict[tuple[int, bool], tuple[int, ...]], width: int, dtype: torch.dtype) -> Constants:
     is_float32 = dtype == torch.float32
     block_width = max(16, triton.next_power_of_2(width))
     rows, keys, warps, stages = tiles[max(64, block_width), is_float32]
@@ -1734,6 +1736,11 @@ class _Problem(NamedTuple):
     @property
     def packed(self) -> bool:
         return self.flags["PACKED"]
+
+    def kind(self, *what: Hashable) -> Hashable:
+        """Of a call, for `tuned`: lengths count by their power of two."""
+        query = self.heads[0]
+        return *what, query.shape[-1], query.dtype, triton.next_power_of_2(self.sizes[1]), *self.flags.values()
 
     def blocks(self, tokens: int, size: int) -> int:
         """Of `size` tokens, in a sequence."""
@@ -1840,12 +1847,16 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float64)
     if query.numel() == 0 or problem.sizes[2] == 0:
         return output.zero_(), logsumexp.fill_(-math.inf)
-    constants = forward_constants(query.shape[-1], query.dtype, problem.flags["CHANNELS"], problem.sizes[1])
-    blocks = problem.blocks(problem.sizes[1] if problem.packed else problem.sizes[0], constants["BLOCK_ROWS"])
     tensors = *problem.heads, output, logsumexp
     arguments = *tensors, *map(problem.strides, tensors), *problem.terms, *problem.masks, *problem.sizes
-    arguments = *arguments, query.shape[1], blocks, _score_scale(problem)
-    _launch(_forward_kernel, problem.grid(blocks), *arguments, **problem.flags, **constants)
+
+    def launch(constants: Constants) -> None:
+        blocks = problem.blocks(problem.sizes[1] if problem.packed else problem.sizes[0], constants["BLOCK_ROWS"])
+        rest = query.shape[1], blocks, _score_scale(problem)
+        _launch(_forward_kernel, problem.grid(blocks), *arguments, *rest, **problem.flags, **constants)
+
+    pinned = forward_constants(query.shape[-1], query.dtype, problem.flags["CHANNELS"], problem.sizes[1])
+    launch(tuned(problem.kind("forward"), pinned, launch))
     return output, logsumexp
 
 
@@ -1886,42 +1897,55 @@ def _backward(
     row_data = logsumexp.new_empty(3, logsumexp.numel(), dtype=torch.float32)
     scales = _score_scale(problem), problem.scale
 
-    constants = backward_rows_constants(width, query.dtype, channels)
-    blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
-    grid = problem.grid(blocks)
     sums = sums_of(channels) if need_biases else []
-    partials = row_data.new_empty(heads, 1 + len(sums), grid[0])
-    tensors = *problem.heads, grad, output, logsumexp
     to_query = grad_query if need_query else query
-    arguments = *tensors, row_data, to_query, partials, *map(problem.strides, (*tensors, to_query)), *problem.terms
-    arguments = *arguments, *problem.masks, *problem.sizes, heads, blocks, logsumexp.numel(), *scales
-    for first in range(0, max(1, len(sums)), _SUMS):
-        is_first = first == 0
-        some = {
-            "ALL_SUMS": 1 + len(sums),
-            "FIRST_SUM": 1 + first,
-            "SUMS": tuple(sums[first : first + _SUMS]),
-            "PREPARES": is_first and (need_key or need_value),
-            "NEED_QUERY": is_first and need_query,
-        }
-        _launch(_backward_rows_kernel, grid, *arguments, **some, **problem.flags, **constants)
+
+    def launch_rows(constants: Constants, passes: slice = slice(None)) -> Tensor:
+        """Returns the sums of score gradients of every program, head by head."""
+        blocks = problem.blocks(columns if problem.packed else rows, constants["BLOCK_ROWS"])
+        grid = problem.grid(blocks)
+        partials = row_data.new_empty(heads, 1 + len(sums), grid[0])
+        tensors = *problem.heads, grad, output, logsumexp
+        arguments = *tensors, row_data, to_query, partials, *map(problem.strides, (*tensors, to_query)), *problem.terms
+        arguments = *arguments, *problem.masks, *problem.sizes, heads, blocks, logsumexp.numel(), *scales
+        for first in range(0, max(1, len(sums)), _SUMS)[passes]:
+            is_first = first == 0
+            some = {
+                "ALL_SUMS": 1 + len(sums),
+                "FIRST_SUM": 1 + first,
+                "SUMS": tuple(sums[first : first + _SUMS]),
+                "PREPARES": is_first and (need_key or need_value),
+                "NEED_QUERY": is_first and need_query,
+            }
+            _launch(_backward_rows_kernel, grid, *arguments, **some, **problem.flags, **constants)
+        return partials
+
+    pinned = backward_rows_constants(width, query.dtype, channels)
+    kind = problem.kind("backward of rows", need_query, need_biases)
+    partials = launch_rows(tuned(kind, pinned, lambda constants: launch_rows(constants, slice(1))))
     if need_biases and not sums:  # tables of one bucket change nothing
         grad_biases.zero_()
     elif need_biases:
         table = {"CHANNELS": channels, "ALL_SUMS": 1 + len(sums), "BLOCK": 1024, "num_warps": 4}
         entries = biases.numel() // heads, heads
-        _launch(_table_gradients_kernel, entries, partials, problem.terms[0], grad_biases, grid[0], heads, **table)
+        programs = partials.shape[2]
+        _launch(_table_gradients_kernel, entries, partials, problem.terms[0], grad_biases, programs, heads, **table)
 
     if need_key or need_value:
-        constants = backward_keys_constants(width, query.dtype, channels)
-        blocks = problem.blocks(columns, constants["BLOCK_KEYS"])
         tensors = *problem.heads, grad
         targets = grad_key if need_key else key, grad_value if need_value else value
         strides = map(problem.strides, (*tensors, logsumexp, *targets))
         arguments = *tensors, row_data, *targets, *strides, *problem.terms, *problem.masks, *problem.sizes
-        arguments = *arguments, heads, blocks, logsumexp.numel(), *scales
         needs = {"NEED_KEY": need_key, "NEED_VALUE": need_value}
-        _launch(_backward_keys_kernel, problem.grid(blocks), *arguments, **needs, **problem.flags, **constants)
+
+        def launch_keys(constants: Constants) -> None:
+            blocks = problem.blocks(columns, constants["BLOCK_KEYS"])
+            rest = heads, blocks, logsumexp.numel(), *scales
+            grid = problem.grid(blocks)
+            _launch(_backward_keys_kernel, grid, *arguments, *rest, **needs, **problem.flags, **constants)
+
+        pinned = backward_keys_constants(width, query.dtype, channels)
+        launch_keys(tuned(problem.kind("backward of keys", need_key, need_value), pinned, launch_keys))
     return tuple(gradients)
 
 

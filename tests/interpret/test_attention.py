@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbqrec_kernels import similarity_attention_varlen
+from bbqrec_kernels import _autotune, similarity_attention_varlen
 from bbqrec_kernels.similarity_attention import api
 from bbqrec_kernels.similarity_attention import triton_kernels as tk
 from bbqrec_kernels.testing import poisoned_outputs
@@ -153,3 +153,41 @@ def test_triton_nan_reaches_the_gradient_of_the_first_bucket() -> None:
     output = inputs.attend("triton")
     (gradient,) = inputs.gradients(output, torch.ones_like(output), ["table0"]).values()
     assert gradient[0, 0].isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("kinds", [("prefix",), ("gap", "cosine")])
+def test_triton_gives_the_same_with_every_tile_that_tuning_may_choose(
+    monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]
+) -> None:
+    """Each is run for its result here, in place of a measurement."""
+    inputs = random_packed_inputs([3, 70, 20], heads=1, kinds=kinds, channels=1, n_buckets=33, is_causal=True)
+    expected = results(inputs)
+    tried = []
+    for change in range(8):
+
+        def choose(_kind: object, pinned: dict, _run: object, change: int = change) -> dict:
+            tiles = _autotune.neighbours(pinned)
+            tried.append(tiles[change % len(tiles)])
+            return tried[-1]
+
+        monkeypatch.setattr(tk, "tuned", choose)
+        for name, tensor in results(inputs).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=f"{name} with {tried[-1]}")
+    assert len(tried) == 3 * 8
+
+
+def test_triton_measures_launches_that_add_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=40, kinds=("gap",), channels=1, n_buckets=33)
+    expected = results(inputs)
+    kinds = []
+
+    def run_thrice(kind: object, pinned: dict, run: object) -> dict:
+        kinds.append(kind[0])
+        for _ in range(3):
+            run(pinned)
+        return pinned
+
+    monkeypatch.setattr(tk, "tuned", run_thrice)
+    for name, tensor in results(inputs).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert kinds == ["forward", "backward of rows", "backward of keys"]

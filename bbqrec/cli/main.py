@@ -115,9 +115,13 @@ def fit(
     """Train a model and write its run folder; resumes an unfinished one."""
     from bbqrec import Config
     from bbqrec import fit as fit_run
+    from bbqrec.processes import is_first, joined
 
     options = (Config.load(config) if config else Config()).override(assignments or [])
-    run = fit_run(data, out, model=model, config=options)
+    with joined():
+        run = fit_run(data, out, model=model, config=options)
+        if not is_first():
+            return
     if as_json:
         _print_json({"run": str(out), **run.metrics})
     else:
@@ -137,9 +141,13 @@ def tokenize(
     """Make the semantic IDs of a data set, without a recommender yet, and say how good they are."""
     from bbqrec import Config
     from bbqrec import tokenize as tokenize_data
+    from bbqrec.processes import is_first, joined
 
     options = (Config.load(config) if config else Config()).override(assignments or [])
-    run = tokenize_data(data, out, model=model, config=options)
+    with joined():
+        run = tokenize_data(data, out, model=model, config=options)
+        if not is_first():
+            return
     figures = run.tokenizer_figures
     if as_json:
         _print_json({"run": str(out), **figures})

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bbqrec.data.dataset import Histories
+from bbqrec.processes import rank_and_world
 
 PREFIXES_A_HISTORY = 6  # an epoch: TIGER then trains about three times as long as its beam search validates
 
@@ -99,13 +100,13 @@ class TrainingBatches(IterableDataset):
 
     def __len__(self) -> int:
         """Batches of an epoch: on this rank, where training is distributed."""
-        return -(-self.n_batches // _rank_and_world()[1])
+        return -(-self.n_batches // rank_and_world()[1])
 
     def __iter__(self) -> Iterator[PackedBatch]:
         a_pass, part = divmod(self.epoch, self.epochs_of_a_pass)
         order = np.random.default_rng((self.seed, a_pass)).permutation(len(self.starts))[part :: self.epochs_of_a_pass]
         bounds = _bounds(self.stops[order] - self.starts[order], self.n_batches)
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for n in range(first, len(self), step):
@@ -172,13 +173,6 @@ def _pack(histories: Histories, targets: np.ndarray | None = None) -> PackedBatc
         max_seqlen=int(lengths.max(initial=0)),
         targets=None if targets is None else torch.from_numpy(targets),
     )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bbqrec.data.batches import PackedBatch, pack_histories
 from bbqrec.data.splits import Heldout
+from bbqrec.processes import gathered, rank_and_world
 
 RECALL_AT = (1, 5, 10, 20)
 NDCG_AT = (5, 10, 20)
@@ -36,7 +37,7 @@ def evaluate(
     batch_users: int | None = None,
     train_items: np.ndarray | Collection[int] | None = None,
 ) -> dict[str, float]:
-    """Ranks all items for every user of `heldout`.
+    """Ranks all items for every user of `heldout`; where several processes train together, each for some of them.
 
     Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
     A tie counts against the target.
@@ -66,8 +67,10 @@ def evaluate(
         raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
     batch_users = batch_users or max(1, min(512, 2**24 // n_items))
     device = _device(ranker)
+    rank, world = rank_and_world()
+    starts = range(0, len(heldout), batch_users)  # the same batches for any number of processes: the same scores
     found = []
-    for start in range(0, len(heldout), batch_users):
+    for start in starts[rank::world]:
         histories = heldout.histories[start : start + batch_users]
         targets = torch.from_numpy(heldout.targets[start : start + batch_users]).to(device)
         scores = ranker.score(pack_histories(histories, max_length).to(device))
@@ -82,13 +85,25 @@ def evaluate(
             rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
             excluded[rows, torch.from_numpy(histories.items).to(device)] = True
         found.append(ranks(scores, targets, excluded).cpu())
-    all_ranks = torch.cat(found).numpy()
+    all_ranks = _of_all_processes(found, starts, len(heldout))
     metrics = _metrics(all_ranks)
     if train_items is not None:
         cold = ~_mask(train_items, n_items)[heldout.targets]
         cold_metrics = _metrics(all_ranks[cold]) if cold.any() else {"users": 0}
         metrics |= {f"cold/{name}": value for name, value in cold_metrics.items()}
     return metrics
+
+
+def _of_all_processes(found: list[Tensor], starts: range, users: int) -> np.ndarray:
+    """The ranks of all users, of which process r found those of batches r, r + world, ...; `starts`: of the batches."""
+    world = rank_and_world()[1]
+    batches = torch.arange(users).split(starts.step)
+    of_process = [torch.cat(batches[r::world]) if r < len(batches) else torch.arange(0) for r in range(world)]
+    mine = torch.cat(found) if found else torch.arange(0)
+    all_ranks = torch.empty(users, dtype=torch.int64)
+    for at, part in zip(of_process, gathered(mine, [len(at) for at in of_process]), strict=True):
+        all_ranks[at] = part
+    return all_ranks.numpy()
 
 
 def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Tensor:

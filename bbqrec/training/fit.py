@@ -23,6 +23,7 @@ from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
+from bbqrec.processes import first_does, is_first, joined, rank_and_world
 from bbqrec.tokenizer.model import Tokenizer, standardize
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -42,6 +43,9 @@ def fit(
 ) -> Run:
     """Trains a recommender and writes its run folder (see `bbqrec.training.run`).
 
+    Under `torchrun` its processes train together, one on each device: all call `fit` with the same arguments, see the
+    same files, and read the same data; the first one writes. A step is then over the batches of all of them.
+
     Args:
         data: a data set, or the path of one.
         out: the run folder. If it holds an unfinished run of the same data and options, that run is resumed and ends
@@ -57,25 +61,16 @@ def fit(
         ValueError: the data cannot be used, `out` holds another run, or the options do not fit the data.
         KeyboardInterrupt: interrupted; call again to resume.
     """
-    job = _start(data, out, model, config, progress)
-    if job.run.finished:
-        return job.run
-    with _costs_recorded(job.run):
-        semantic_ids = _make_semantic_ids(job) if job.has_semantic_ids else None
-        sequence_model = _fit_sequence_model(job, semantic_ids)
-
-    folder = job.run.folder
-    if semantic_ids is None:
-        SemanticIDs.none(job.data.n_items).save_table(folder / "semantic_ids.parquet", *job.names)
-    plots.save_curves(folder / "curves.png", folder / "logs")
-    save_model(sequence_model, folder / "model.safetensors")
-    metrics = _final_metrics(job, sequence_model)
-    _save_report(job, sequence_model, metrics)
-    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    test, popular = metrics["test"], metrics["most_popular"]["test"]
-    job.say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
-    job.say(f"(most popular {popular['ndcg@10']:.4f}, {popular['recall@10']:.4f}; history removed)")
-    return Run(folder, job.data)
+    with joined():
+        job = _start(data, out, model, config, progress)
+        if job.run.finished:
+            return job.run
+        with _costs_recorded(job.run):
+            semantic_ids = _make_semantic_ids(job) if job.has_semantic_ids else None
+            sequence_model = _fit_sequence_model(job, semantic_ids)
+        metrics = _final_metrics(job, sequence_model)
+        first_does(lambda: _finish(job, semantic_ids, sequence_model, metrics))
+    return Run(job.run.folder, job.data)
 
 
 def tokenize(
@@ -88,8 +83,9 @@ def tokenize(
 ) -> Run:
     """Makes the semantic IDs of a data set and no recommender yet: `fit` on the same folder goes on from there.
 
-    Arguments, resuming and errors are those of `fit`. The folder then holds `semantic_ids.parquet`, `tokenizer.json`
-    (`Run.tokenizer_figures`), `tokenizer.safetensors` and `codebooks.png`; where it does already, nothing is trained.
+    Arguments, resuming, processes and errors are those of `fit`. The folder then holds `semantic_ids.parquet`,
+    `tokenizer.json` (`Run.tokenizer_figures`), `tokenizer.safetensors` and `codebooks.png`; where it does already,
+    nothing is trained.
 
     Raises:
         ValueError: also where the model is one without semantic IDs.
@@ -97,10 +93,11 @@ def tokenize(
     name = model or (config or Config()).model_name
     if name == "sasrec":
         raise ValueError(f"model: got {name!r}, which has no semantic IDs; expected another")
-    job = _start(data, out, model, config, progress)
-    if not job.run.finished:
-        with _costs_recorded(job.run):
-            _make_semantic_ids(job)
+    with joined():
+        job = _start(data, out, model, config, progress)
+        if not job.run.finished:
+            with _costs_recorded(job.run):
+                _make_semantic_ids(job)
     return Run(job.run.folder, job.data)
 
 
@@ -138,9 +135,10 @@ def _start(
     features = _chosen_features(data, config)
     split = leave_one_out(data)
     _check_options(data, features, split, config)
-    run = _claim(Path(out), data, config)
-    say = _quiet if progress is False else _say
-    bars = sys.stderr.isatty() if progress is None else progress
+    first_does(lambda: _claim(Path(out), data, config))
+    run = Run(Path(out), data)
+    say = _quiet if progress is False or not is_first() else _say
+    bars = is_first() and (sys.stderr.isatty() if progress is None else progress)
     if not run.finished:
         widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
         say(
@@ -212,7 +210,7 @@ def _check_heads(option: str, dim: int, heads: int, what: str) -> None:
         raise ValueError(f"{option}: got {dim}, expected at most {MAX_HEAD_SIZE * heads} ({MAX_HEAD_SIZE} a head)")
 
 
-def _claim(folder: Path, data: Dataset, config: Config) -> Run:
+def _claim(folder: Path, data: Dataset, config: Config) -> None:
     """Makes the folder a run folder of this data and these options, or finds that it is one already."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder; choose another name")
@@ -226,8 +224,9 @@ def _claim(folder: Path, data: Dataset, config: Config) -> Run:
         config.save(folder / "config.yaml")
         path = None if data.path is None else str(Path(data.path).resolve())
         source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
-        write_json(folder / "run.json", {"data": source, "versions": versions(), "device": device()})
-        return Run(folder, data)
+        facts = {"data": source, "versions": versions(), "device": device(), "processes": rank_and_world()[1]}
+        write_json(folder / "run.json", facts)
+        return
 
     run = Run(folder, data)
     source = run.facts["data"]
@@ -240,7 +239,6 @@ def _claim(folder: Path, data: Dataset, config: Config) -> Run:
     changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
-    return run
 
 
 def _make_semantic_ids(job: _Job) -> SemanticIDs:
@@ -254,18 +252,23 @@ def _make_semantic_ids(job: _Job) -> SemanticIDs:
         module = TokenizerModule(tokenizer, job.config, batches)
         epochs = min(options.epochs, -(-options.max_steps // len(batches)))
         train(module, Stage(job.run.folder, "tokenizer", epochs), bars=job.bars)
-        save_weights(tokenizer.state_dict(), weights)
+        first_does(lambda: save_weights(tokenizer.state_dict(), weights))
     with damage_named(weights):
         tokenizer.load_state_dict(load_file(weights))
     tokenizer.eval()
     semantic_ids = tokenizer.semantic_ids()
+    first_does(lambda: _write_semantic_ids(job, tokenizer, semantic_ids))
+    return semantic_ids
+
+
+def _write_semantic_ids(job: _Job, tokenizer: Tokenizer, semantic_ids: SemanticIDs) -> None:
+    """Them, and what there is to say about them."""
     figures = {**semantic_ids.figures(), **tokenizer.fidelity()}
     semantic_ids.save_table(job.run.folder / "semantic_ids.parquet", *job.names)
     plots.save_codebook_usage(job.run.folder / "codebooks.png", semantic_ids)
     write_json(job.run.folder / "tokenizer.json", figures)
     used = ", ".join(f"{share:.0%}" for share in figures["usage"])
     job.say(f"tokenizer: codewords in use {used}; items sharing all codes {figures['collision_rate']:.1%}")
-    return semantic_ids
 
 
 def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> SequenceModel | Tiger:
@@ -306,6 +309,20 @@ def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
     return {**metrics, "tokenizer": job.run.tokenizer_figures} if job.has_semantic_ids else metrics
 
 
+def _finish(job: _Job, semantic_ids: SemanticIDs | None, model: SequenceModel | Tiger, metrics: dict[str, Any]) -> None:
+    """Writes what a finished run holds."""
+    folder = job.run.folder
+    if semantic_ids is None:
+        SemanticIDs.none(job.data.n_items).save_table(folder / "semantic_ids.parquet", *job.names)
+    plots.save_curves(folder / "curves.png", folder / "logs")
+    save_model(model, folder / "model.safetensors")
+    _save_report(job, model, metrics)
+    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
+    test, popular = metrics["test"], metrics["most_popular"]["test"]
+    job.say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
+    job.say(f"(most popular {popular['ndcg@10']:.4f}, {popular['recall@10']:.4f}; history removed)")
+
+
 def _save_report(job: _Job, model: SequenceModel | Tiger, metrics: dict[str, Any]) -> None:
     run = Run(job.run.folder, job.data)
     run.model = model  # at hand, and the run is not finished before its metrics are written
@@ -319,11 +336,15 @@ def _costs_recorded(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        facts = Run(run.folder).facts
-        peaks = [peak for peak in (facts.get("peak_memory_mb"), _peak_memory_mb()) if peak is not None]
-        seconds = facts.get("seconds", 0) + time.perf_counter() - started
-        costs = {"seconds": round(seconds, 1), "peak_memory_mb": max(peaks, default=None)}
-        write_json(run.folder / "run.json", {**facts, **costs})
+        if is_first():
+            _add_costs(run, time.perf_counter() - started)
+
+
+def _add_costs(run: Run, seconds: float) -> None:
+    facts = Run(run.folder).facts
+    peaks = [peak for peak in (facts.get("peak_memory_mb"), _peak_memory_mb()) if peak is not None]
+    costs = {"seconds": round(facts.get("seconds", 0) + seconds, 1), "peak_memory_mb": max(peaks, default=None)}
+    write_json(run.folder / "run.json", {**facts, **costs})
 
 
 def _peak_memory_mb() -> int | None:

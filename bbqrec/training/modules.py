@@ -12,6 +12,7 @@ from bbqrec.data.splits import Heldout
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
+from bbqrec.processes import rank_and_world, summed
 from bbqrec.tokenizer.model import Tokenizer
 
 VALIDATION_METRIC = "validation/ndcg@10"
@@ -30,14 +31,20 @@ class EpochSeeded(L.LightningModule):
         return torch.utils.data.DataLoader(self.batches, batch_size=None, generator=torch.Generator())
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        rank, _ = rank_and_world()  # each process drops out, and fills up, on its own
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch + rank * 998_244_353)
 
     def log_epoch(self, values: dict[str, Tensor], batch: PackedBatch, **options) -> None:
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.items), **options)
+        options |= {"on_step": False, "on_epoch": True, "sync_dist": rank_and_world()[1] > 1}
+        self.log_dict(values, batch_size=len(batch.items), **options)
 
 
 class TokenizerModule(EpochSeeded):
-    """Minimizes the tokenizer's losses; the CLUB estimators have an optimizer of their own."""
+    """Minimizes the tokenizer's losses; the CLUB estimators have an optimizer of their own.
+
+    With several processes gradients are the means of theirs, contrasts compare within a process, and codebooks follow
+    the rows of all.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: Config, batches: TrainingBatches):
         super().__init__(config.training.seed, batches)
@@ -103,7 +110,10 @@ class TokenizerModule(EpochSeeded):
 
 
 class SequenceModule(EpochSeeded):
-    """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch."""
+    """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch.
+
+    With several processes a step is one over the transitions of all their batches together.
+    """
 
     def __init__(
         self, model: SequenceModel | Tiger, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
@@ -117,7 +127,15 @@ class SequenceModule(EpochSeeded):
     def training_step(self, batch: PackedBatch, _: int) -> Tensor:
         loss = self.model.loss(batch)
         self.log_epoch({"train/loss": loss.detach()}, batch, prog_bar=True)
-        return loss
+        return loss * self._share(batch)
+
+    def _share(self, batch: PackedBatch) -> Tensor | float:
+        """What makes the mean over processes of their losses, which are means over transitions, one mean over all."""
+        _, world = rank_and_world()
+        if world == 1:
+            return 1.0
+        count = torch.tensor(float(len(batch.items)), device=self.device)
+        return count * world / summed(count)
 
     def on_train_epoch_end(self) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):

@@ -15,7 +15,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
+from bbqrec.processes import local_world, rank_and_world
 from bbqrec.training.modules import VALIDATION_METRIC
 from bbqrec.training.run import damage_named
 
@@ -62,7 +64,7 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
     with _silent_lightning():
         trainer = L.Trainer(
             accelerator="auto",
-            devices=1,
+            **_processes(module),
             max_epochs=stage.epochs,
             callbacks=callbacks,
             logger=[csv, tensorboard],
@@ -74,8 +76,21 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
         if resumes := latest.is_file():
             _load_checkpoint(latest)  # damage is told from what goes wrong in training
         _fit_interruptibly(trainer, module, latest if resumes else None)
+        trainer.strategy.barrier()  # the first process writes checkpoints
     best = _load_checkpoint(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"))
     return {**best, "epochs_run": trainer.current_epoch}
+
+
+def _processes(module: L.LightningModule) -> dict[str, Any]:
+    """Options of a trainer: one device for each process on each host."""
+    _, world = rank_and_world()
+    if world == 1:
+        return {"devices": 1}
+    # Buffers are equal everywhere: codebooks by summed statistics, the rest from the start. CLUB's estimators have a
+    # backward of their own: in each, the parameters of the others get no gradient.
+    strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=not module.automatic_optimization)
+    nodes, here = world // local_world(), local_world()
+    return {"devices": here, "num_nodes": nodes, "strategy": strategy, "use_distributed_sampler": False}
 
 
 class _Patience(EarlyStopping):

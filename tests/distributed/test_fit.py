@@ -1,0 +1,166 @@
+"""Processes that `torchrun` starts: they train as one would, on their batches together, and agree on everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bbqrec import Config, Dataset, Run, fit
+from bbqrec.data.demo import make_demo_dataset
+from bbqrec.evaluation.ranking import evaluate
+
+TINY = {
+    "tokenizer.levels": 2,
+    "tokenizer.codebook_size": 8,
+    "tokenizer.dim": 16,
+    "tokenizer.hidden": 16,
+    "tokenizer.epochs": 2,
+    "tokenizer.revive_after": 1,
+    "tokenizer.batch_tokens": 100,
+    "tokenizer.batch_items": 32,
+    "model.dim": 16,
+    "model.max_length": 12,
+    "training.epochs": 2,
+    "training.batch_tokens": 100,
+    "training.learning_rate": 0.01,
+}
+FIT = """
+import json, sys
+import torch
+from torch import distributed
+from bbqrec import Config, fit
+from bbqrec.evaluation.ranking import evaluate
+from bbqrec.processes import joined, rank_and_world
+from bbqrec.tokenizer.model import Tokenizer
+
+moved = []
+revive = Tokenizer.revive_codewords
+Tokenizer.revive_codewords = lambda self: moved.append(revive(self)) or moved[-1]
+data, out, model, options = sys.argv[1:]
+with joined():
+    run = fit(data, out, model=model, config=Config().override(json.loads(options)), progress=False)
+    mine = {**run.model.state_dict(), **{f"moved {i}": torch.cat(m) for i, m in enumerate(moved)}}
+    mine = {name: value.double().sum().item() for name, value in mine.items()}
+    rank, world = rank_and_world()
+    everybody = [None] * world
+    options = {"n_items": run.data.n_items, "max_length": 12, "batch_users": 16, "train_items": range(20)}
+    in_batches = evaluate(run.model, run.split.test, **options)
+    distributed.all_gather_object(everybody, (mine, in_batches))
+    assert all(other == everybody[0] for other in everybody), everybody
+    if rank == 0:
+        print(json.dumps({"world": world, "revivals": len(moved), "evaluated": everybody[0][1]}))
+"""
+# One step of plain gradient descent shows the gradient.
+STEP = """
+import json, sys
+from pathlib import Path
+import torch
+from bbqrec import Config, Dataset
+from bbqrec.data.batches import TrainingBatches
+from bbqrec.data.splits import leave_one_out
+from bbqrec.models.build import build_model
+from bbqrec.processes import is_first, joined, rank_and_world
+from bbqrec.training.modules import SequenceModule
+from bbqrec.training.trainer import Stage, train
+
+data, out, options, tokens = Dataset.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+
+
+class Descent(SequenceModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+with joined():
+    config = Config().override(options)
+    split = leave_one_out(data)
+    batches = TrainingBatches(split.train, 12, tokens, seed=0)
+    torch.manual_seed(0)
+    module = Descent(build_model(config, data.n_items, None), config, batches, split.validation, data.n_items)
+    assert len(batches) == 1, len(batches)
+    train(module, Stage(out, "sequence_model", 1))
+    if is_first():
+        torch.save(module.model.state_dict(), out / "after.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_demo_dataset(n_users=70, n_items=40).save(folder)
+    return Dataset.load(folder)
+
+
+def launch(processes: int, code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = Path(arguments[1]).parent / f"{abs(hash(code))}.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("model", "processes"), [("bbqrec", 2), ("sasrec", 2), pytest.param("bbqrec", 4, marks=pytest.mark.check)]
+)
+def test_processes_agree_and_one_evaluates_as_all(data: Dataset, tmp_path: Path, model: str, processes: int) -> None:
+    """Weights, codebooks and revived codewords are equal everywhere; the last batches of 4 processes are uneven."""
+    done = launch(processes, FIT, data.path, tmp_path / "run", model, json.dumps(TINY))
+    found = json.loads(done.stdout)
+    assert found["world"] == processes
+    assert (found["revivals"] > 0) == (model == "bbqrec")
+    run = Run(tmp_path / "run")
+    assert run.facts["processes"] == processes
+    in_batches = {"n_items": data.n_items, "max_length": 12, "batch_users": 16, "train_items": range(20)}
+    assert found["evaluated"] == evaluate(run.model, run.split.test, **in_batches)
+    assert run.metrics["test"] == run.evaluate("test")
+
+
+def test_a_step_of_two_processes_is_one_over_all_their_transitions(data: Dataset, tmp_path: Path) -> None:
+    options = json.dumps({"model_name": "sasrec", "model.dim": 16, "model.max_length": 12, "model.dropout": 0.0})
+    tokens = int(sum(max(0, length - 3) for length in data.histories.lengths))
+    for processes, share in ((1, tokens), (2, tokens // 2 + 1)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(processes, STEP, data.path, folder, options, share)
+    one, two = (torch.load(tmp_path / str(processes) / "after.pt") for processes in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.check
+def test_interrupted_processes_resume_and_end_where_undisturbed_ones_do(data: Dataset, tmp_path: Path) -> None:
+    options = {**TINY, "training.epochs": 3}
+    launch(2, FIT, data.path, tmp_path / "undisturbed", "bbqrec", json.dumps(options))
+    stop = "import bbqrec.training.modules as m, os\n" + (
+        "ended = m.SequenceModule.on_train_epoch_end\n"
+        "m.SequenceModule.on_train_epoch_end = lambda self: os._exit(3) if self.current_epoch > 1 else ended(self)\n"
+    )
+    out = tmp_path / "interrupted"
+    assert launch(2, stop + FIT, data.path, out, "bbqrec", json.dumps(options), check=False).returncode
+    assert not Run(out).finished
+    launch(2, FIT, data.path, out, "bbqrec", json.dumps(options))
+    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "interrupted")]
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name
+
+
+def test_what_the_first_process_refuses_all_refuse(data: Dataset, tmp_path: Path) -> None:
+    shorter = Config().override({**TINY, "training.epochs": 1})
+    fit(data, tmp_path / "run", model="sasrec", config=shorter, progress=False)
+    done = launch(2, FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY), check=False)
+    assert done.returncode
+    assert done.stderr.count("holds a run with other options, training.epochs=1 (now 2)") == 2

@@ -4,7 +4,7 @@ Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, an
 spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
 innermost one with the most tensor-core instructions, or the longest innermost loop where none has any (as in attention
 over codes that are not packed, whose innermost loop compares levels). Attention has one for whole tiles, the shorter,
-which counts, and one for tiles in which pairs are hidden; neither may spill.
+which counts, and one for tiles in which pairs are hidden; neither may spill (see `Row.spills_allowed`).
 
 The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
 got worse. tests/compile_only/test_static.py is that comparison.
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "static.csv"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = (80, 90, 100)
+SPILLS = 20  # instructions of a main loop for each spill that is allowed, where one is
 SLACK = 1.05  # of the instructions of a main loop: other versions of a compiler place a few more or less
 
 _SPILLS = ("STL", "LDL")
@@ -70,6 +71,12 @@ class Row:
     instructions_per_unit: float
     tensor_core_instructions: int
     global_atomics: int
+
+    @property
+    def spills_allowed(self) -> int:
+        """In the main loop: none. Triton may trade a few for a larger tile on other architectures than sm_90."""
+        is_free = self.compiler.startswith("triton") and self.architecture != "sm_90"
+        return self.loop_instructions // SPILLS if is_free else 0
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -176,9 +183,9 @@ def disassemble(binary: Path) -> dict[str, str]:
 # ---- Triton -------------------------------------------------------------------------------------------------------
 
 
-def triton_cases() -> list[Case]:
-    """Every Triton kernel, for shapes that make a difference to it."""
-    return [*_residual_quantization_cases(), *_similarity_attention_cases()]
+def triton_cases(architecture: int) -> list[Case]:
+    """Every Triton kernel, for shapes that make a difference to it, with the constants of an architecture."""
+    return [*_residual_quantization_cases(), *_similarity_attention_cases(architecture)]
 
 
 def _residual_quantization_cases() -> Iterator[Case]:
@@ -242,7 +249,7 @@ def _residual_quantization_cases() -> Iterator[Case]:
     yield case("L=3 K=256", rq._keys_kernel, keys, "", 0)
 
 
-def _similarity_attention_cases() -> Iterator[Case]:
+def _similarity_attention_cases(architecture: int) -> Iterator[Case]:
     """Padded, causal, with rows of more than one tile; strides as those of dense tensors."""
     import torch
 
@@ -286,18 +293,16 @@ def _similarity_attention_cases() -> Iterator[Case]:
     for width, dtype, kinds, packed in shapes:
         channels, torch_dtype = terms[kinds], dtypes[dtype]
         for keys in (512, 2048) if kinds in ("no bias", "prefix L=3") and (width, dtype) == (64, "bf16") else (512,):
-            constants = attention.forward_constants(width, torch_dtype, channels, keys)
+            constants = attention.forward_constants(width, torch_dtype, channels, keys, architecture)
             name = kinds if keys == 512 else f"{kinds}, long"
             yield case(attention._forward_kernel, constants, channels, name, dtype, packed)
         sums = attention.sums_of(channels)
         some = {"ALL_SUMS": 1 + len(sums), "FIRST_SUM": 1, "SUMS": tuple(sums[: attention._SUMS])}
         some |= {"PREPARES": True, "NEED_QUERY": True}
-        constants = attention.backward_rows_constants(width, torch_dtype, channels) | some
+        constants = attention.backward_rows_constants(width, torch_dtype, channels, architecture) | some
         yield case(attention._backward_rows_kernel, constants, channels, kinds, dtype, packed)
-        constants = attention.backward_keys_constants(width, torch_dtype, channels) | {
-            "NEED_KEY": True,
-            "NEED_VALUE": True,
-        }
+        constants = attention.backward_keys_constants(width, torch_dtype, channels, architecture)
+        constants |= {"NEED_KEY": True, "NEED_VALUE": True}
         yield case(attention._backward_keys_kernel, constants, channels, kinds, dtype, packed)
     constants = {"CHANNELS": prefix, "ALL_SUMS": 4, "BLOCK": 1024, "num_warps": 4}
     yield Case("prefix L=3", attention._table_gradients_kernel, integers | tables, constants, attention.OPTIONS, "", 0)
@@ -336,14 +341,18 @@ def measure_triton(case: Case, architecture: int) -> Row:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         (function, resources), *_ = usage(binary).items()
-        counts = measure(disassemble(binary)[function])
-    per_unit = round(counts["loop_instructions"] / case.units, 2) if case.units else 0.0
+        code = disassemble(binary)[function]
+        counts = measure(code)
+    # Few turns are unrolled: what then is the longest loop left says nothing of a unit.
+    is_unrolled = counts["tensor_core_instructions"] == 0 and tensor_core_instructions(opcodes(parse(code)[0])) > 0
+    units = 0 if is_unrolled else case.units
+    per_unit = round(counts["loop_instructions"] / units, 2) if units else 0.0
     return Row(
         kernel=function.strip("_").removesuffix("_kernel"),
         shape=case.name,
         architecture=f"sm_{architecture}",
         compiler=f"triton {triton.__version__}",
-        unit=case.unit,
+        unit=case.unit if units else "",
         instructions_per_unit=per_unit,
         **(resources | {"shared_bytes": compiled.metadata.shared} | counts),
     )
@@ -414,8 +423,9 @@ def faults(row: Row, recorded: Row | None) -> list[str]:
     """What is worse than the rules allow, or than the table says. Empty: nothing."""
     where = f"{row.kernel} ({row.shape}, {row.architecture}, {row.compiler})"
     found = []
-    if row.loop_spills:
-        found.append(f"{where}: {row.loop_spills} spills in the main loop, expected none")
+    if row.loop_spills > row.spills_allowed:
+        allowed = row.spills_allowed or "none"
+        found.append(f"{where}: {row.loop_spills} spills in the main loop, expected {allowed}")
     if recorded is None:  # no architecture or kernel that the table has not seen is held to more
         return found
     if row.loop_instructions > recorded.loop_instructions * SLACK:
@@ -457,7 +467,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for architecture in options.arch or ARCHITECTURES:
         if importlib.util.find_spec("triton"):
-            rows += [measure_triton(c, architecture) for c in triton_cases() if options.kernel in c.kernel.__name__]
+            cases = triton_cases(architecture)
+            rows += [measure_triton(c, architecture) for c in cases if options.kernel in c.kernel.__name__]
         else:
             print("no Triton kernels: pip install triton", file=sys.stderr)
         if options.triton_only:

@@ -1605,24 +1605,34 @@ def _table_gradients_kernel(
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
 
 
-def forward_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...], keys: int) -> Constants:
-    """Compile-time constants and launch options of `_forward_kernel`; `keys`: of the longest sequence."""
-    constants = _constants(_FORWARD, width, dtype)
+def forward_constants(
+    width: int, dtype: torch.dtype, channels: tuple[tuple, ...], keys: int, architecture: int
+) -> Constants:
+    """Compile-time constants and launch options of `_forward_kernel`.
+
+    `keys`: of the longest sequence; `architecture`: as in sm_90.
+    """
+    constants = _constants(_FORWARD, width, dtype, architecture)
     is_light = len(channels) <= _FEW and all(channel[_KIND.value] == _PREFIX.value for channel in channels)
-    if keys > _SHORT and is_light and constants["BLOCK_WIDTH"] <= 64 and dtype != torch.float32:
-        constants |= _LONG
-    return constants
+    is_narrow = constants["BLOCK_WIDTH"] <= 64 and dtype != torch.float32
+    return constants | _LONG if keys > _SHORT and is_light and is_narrow else constants
 
 
-def backward_rows_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> Constants:
+def backward_rows_constants(
+    width: int, dtype: torch.dtype, channels: tuple[tuple, ...], architecture: int
+) -> Constants:
     """The same for `_backward_rows_kernel`."""
-    constants = _constants(_BACKWARD_ROWS, width, dtype)
+    constants = _constants(_BACKWARD_ROWS, width, dtype, architecture)
+    if architecture >= 100 and (_is_heavy(channels) or any(channel[_WORD.value] == 64 for channel in channels)):
+        return constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2), "num_stages": 1}
     return constants | {"BLOCK_KEYS": max(16, constants["BLOCK_KEYS"] // 2)} if _is_heavy(channels) else constants
 
 
-def backward_keys_constants(width: int, dtype: torch.dtype, channels: tuple[tuple, ...]) -> Constants:
+def backward_keys_constants(
+    width: int, dtype: torch.dtype, channels: tuple[tuple, ...], architecture: int
+) -> Constants:
     """The same for `_backward_keys_kernel`."""
-    constants = _constants(_BACKWARD_KEYS, width, dtype)
+    constants = _constants(_BACKWARD_KEYS, width, dtype, architecture)
     return constants | {"BLOCK_ROWS": max(16, constants["BLOCK_ROWS"] // 2)} if _is_heavy(channels) else constants
 
 
@@ -1637,39 +1647,53 @@ def _is_heavy(channels: tuple[tuple, ...]) -> bool:
 
 
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
-_FORWARD = {
-    (64, False): (64, 64, 4, 3),
-    (128, False): (64, 64, 4, 3),
-    (256, False): (128, 32, 8, 1),
-    (64, True): (64, 32, 4, 1),
-    (128, True): (64, 16, 4, 1),
-    (256, True): (32, 16, 4, 1),
+_Tiles = dict[tuple[int, bool], tuple[int, int, int, int]]
+
+# By the hundreds of the architecture, as in sm_90: others have its tiles, but for those named. Least instructions a
+# score, with no spills on sm_90, and few elsewhere, where operands of tensor cores take registers.
+_FORWARD: dict[int, _Tiles] = {
+    9: {
+        (64, False): (64, 64, 4, 3),
+        (128, False): (64, 64, 4, 3),
+        (256, False): (128, 32, 8, 1),
+        (64, True): (64, 32, 4, 1),
+        (128, True): (64, 16, 4, 1),
+        (256, True): (32, 16, 4, 1),
+    },
+    8: {(64, False): (64, 64, 4, 2), (64, True): (32, 32, 4, 1)},
 }
 # Wide tiles cost less, if there are keys to fill them and registers to hold them.
 _SHORT = 512
 _LONG = {"BLOCK_KEYS": 128, "num_stages": 2}
-_BACKWARD_ROWS = {
-    (64, False): (64, 64, 4, 2),
-    (128, False): (64, 32, 4, 2),
-    (256, False): (64, 32, 8, 1),
-    (64, True): (64, 16, 4, 1),
-    (128, True): (32, 16, 4, 1),
-    (256, True): (32, 16, 8, 1),
+_BACKWARD_ROWS: dict[int, _Tiles] = {
+    9: {
+        (64, False): (64, 64, 4, 2),
+        (128, False): (64, 32, 4, 2),
+        (256, False): (64, 32, 8, 1),
+        (64, True): (64, 16, 4, 1),
+        (128, True): (32, 16, 4, 1),
+        (256, True): (32, 16, 8, 1),
+    },
 }
-_BACKWARD_KEYS = {
-    (64, False): (64, 64, 4, 2),
-    (128, False): (32, 64, 4, 2),
-    (256, False): (32, 64, 8, 1),
-    (64, True): (16, 64, 4, 1),
-    (128, True): (16, 64, 8, 1),
-    (256, True): (16, 32, 8, 1),
+_BACKWARD_KEYS: dict[int, _Tiles] = {
+    9: {
+        (64, False): (64, 64, 4, 2),
+        (128, False): (32, 64, 4, 2),
+        (256, False): (32, 64, 8, 1),
+        (64, True): (16, 64, 4, 1),
+        (128, True): (16, 64, 8, 1),
+        (256, True): (16, 32, 8, 1),
+    },
+    8: {(64, True): (16, 32, 4, 1)},
+    10: {(64, True): (16, 32, 4, 1)},
 }
 
 
-def _constants(tiles: dict[tuple[int, bool], tuple[int, ...]], width: int, dtype: torch.dtype) -> Constants:
+def _constants(tiles: dict[int, _Tiles], width: int, dtype: torch.dtype, architecture: int) -> Constants:
     is_float32 = dtype == torch.float32
     block_width = max(16, triton.next_power_of_2(width))
-    rows, keys, warps, stages = tiles[max(64, block_width), is_float32]
+    family = architecture // 10 if architecture // 10 in (9, 10) else 8  # that of workstations, 12, is like 8
+    rows, keys, warps, stages = (tiles[9] | tiles.get(family, {}))[max(64, block_width), is_float32]
     return {
         "EXACT": is_float32,
         "WIDTH": width,
@@ -1708,6 +1732,12 @@ def _channels(
 def sums_of(channels: tuple[tuple, ...]) -> list[tuple[int, int]]:
     """(channel, k) of all sums, the SUMS of a kernel that keeps them all."""
     return [(c, k) for c, channel in enumerate(channels) for k in range(1, channel[_BUCKETS.value])]
+
+
+def _architecture(device: torch.device) -> int:
+    """As in sm_90; the interpreter takes the tiles of that."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
@@ -1855,7 +1885,8 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
         rest = query.shape[1], blocks, _score_scale(problem)
         _launch(_forward_kernel, problem.grid(blocks), *arguments, *rest, **problem.flags, **constants)
 
-    pinned = forward_constants(query.shape[-1], query.dtype, problem.flags["CHANNELS"], problem.sizes[1])
+    kind = query.shape[-1], query.dtype, problem.flags["CHANNELS"]
+    pinned = forward_constants(*kind, problem.sizes[1], _architecture(query.device))
     launch(tuned(problem.kind("forward"), pinned, launch))
     return output, logsumexp
 
@@ -1920,7 +1951,8 @@ def _backward(
             _launch(_backward_rows_kernel, grid, *arguments, **some, **problem.flags, **constants)
         return partials
 
-    pinned = backward_rows_constants(width, query.dtype, channels)
+    architecture = _architecture(query.device)
+    pinned = backward_rows_constants(width, query.dtype, channels, architecture)
     kind = problem.kind("backward of rows", need_query, need_biases)
     partials = launch_rows(tuned(kind, pinned, lambda constants: launch_rows(constants, slice(1))))
     if need_biases and not sums:  # tables of one bucket change nothing
@@ -1944,7 +1976,7 @@ def _backward(
             grid = problem.grid(blocks)
             _launch(_backward_keys_kernel, grid, *arguments, *rest, **needs, **problem.flags, **constants)
 
-        pinned = backward_keys_constants(width, query.dtype, channels)
+        pinned = backward_keys_constants(width, query.dtype, channels, architecture)
         launch_keys(tuned(problem.kind("backward of keys", need_key, need_value), pinned, launch_keys))
     return tuple(gradients)
 

@@ -62,9 +62,11 @@ def test_recorded_table_keeps_the_rules() -> None:
     rows = static.read()
     assert len({row.key for row in rows}) == len(rows)
     for row in rows:
-        assert row.loop_spills == 0, row
-        if row.kernel == "quantize":
+        assert row.loop_spills <= row.spills_allowed, row
+        assert row.loop_spills == 0 or row.architecture in ("sm_80", "sm_100"), row
+        if row.kernel == "quantize" and row.unit:  # without, its search is unrolled
             assert row.tensor_core_instructions > 0, row
+        assert row.unit or row.kernel != "quantize" or row.architecture == "sm_80", row
         if row.kernel in ("segment_sums", "join_segments", "quantize", "decode", "grad_x", *ATTENTION):
             assert row.global_atomics == 0, row
 
@@ -86,7 +88,7 @@ def test_recorded_attention_keeps_its_targets(kernel: str, shape: str, most: flo
 
 
 def test_what_is_worse_is_a_fault() -> None:
-    row = next(row for row in static.read() if row.kernel == "quantize")
+    row = next(row for row in static.read() if (row.kernel, row.architecture) == ("quantize", "sm_90"))
     assert static.faults(row, row) == []
     worse = {
         "loop_spills": (2, "2 spills in the main loop, expected none"),

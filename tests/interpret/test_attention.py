@@ -39,12 +39,19 @@ def test_triton_tiles(rows: int, columns: int, is_causal: bool) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_triton_wide_tiles_of_long_sequences(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
-    monkeypatch.setattr(tk, "_FORWARD", tk._FORWARD | {(64, True): (64, 128, 4, 2)})  # as for bfloat16
+    monkeypatch.setattr(tk, "_FORWARD", {9: tk._FORWARD[9] | {(64, True): (64, 128, 4, 2)}})  # as for bfloat16
     inputs = random_inputs(batch=1, heads=1, rows=70, columns=300, channels=1, is_causal=is_causal)
     assert_like_float64(inputs)
     channels = tk.channels_of("prefix", bits=3, buckets=4)
-    tiles = [tk.forward_constants(64, torch.bfloat16, channels, keys)["BLOCK_KEYS"] for keys in (200, 2048)]
+    tiles = [tk.forward_constants(64, torch.bfloat16, channels, keys, 90)["BLOCK_KEYS"] for keys in (200, 2048)]
     assert tiles == [64, 128]
+
+
+@pytest.mark.parametrize("architecture", [80, 100])
+def test_triton_tiles_of_other_architectures(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
+    monkeypatch.setattr(tk, "_architecture", lambda _: architecture)
+    kinds = {"kinds": ("prefix", "gap"), "channels": 1, "n_buckets": 12}
+    assert_like_float64(random_inputs(batch=1, heads=1, rows=70, columns=90, is_causal=True, **kinds))
 
 
 @pytest.mark.parametrize("n_buckets", [1, 2, 8, 9, 17, 18, 33])

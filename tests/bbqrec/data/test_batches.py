@@ -144,7 +144,7 @@ def test_distributed_ranks_share_the_batches(monkeypatch):
     assert len(alone) == 4
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("bbqrec.data.batches._rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("bbqrec.data.batches.rank_and_world", lambda rank=rank: (rank, 3))
         assert len(batches) == 2
         shares.append(order(batches))
     assert [len(share) for share in shares] == [2, 2, 2]

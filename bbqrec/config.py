@@ -159,6 +159,7 @@ class Config(Section):
             raise ValueError(_first_complaint(error)) from None
 
     def save(self, path: str | Path) -> None:
+        """Writes every option to a YAML file, which `load` reads."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
 

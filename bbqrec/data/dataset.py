@@ -129,7 +129,7 @@ class Histories:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`(N,)` int64."""
+        """`(N,)` int64, items of each sequence."""
         return np.diff(self.offsets)
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> Histories:
@@ -210,10 +210,12 @@ class Dataset:
 
     @property
     def n_items(self) -> int:
+        """Size of the catalogue, items that nobody has taken included."""
         return len(self.item_ids)
 
     @property
     def n_users(self) -> int:
+        """Number of users, which is that of histories."""
         return len(self.user_ids)
 
     def title(self, item: int) -> str:

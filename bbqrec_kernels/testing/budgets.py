@@ -11,8 +11,10 @@ from torch import Tensor
 class GradientGate(NamedTuple):
     """What a gradient must keep to as a whole, whatever the budget of its worst element allows."""
 
-    relative_l2: float  # at most: ‖actual - oracle‖ / ‖oracle‖
-    cosine: float  # at least: the cosine of the angle between actual and oracle
+    relative_l2: float
+    """At most: `‖actual - oracle‖ / ‖oracle‖`."""
+    cosine: float
+    """At least: the cosine of the angle between actual and oracle."""
 
 
 GRADIENT_GATES = {
@@ -21,6 +23,7 @@ GRADIENT_GATES = {
     torch.float16: GradientGate(3e-3, 1 - 3e-6),
     torch.float64: GradientGate(1e-12, 1 - 1e-14),
 }
+"""What `assert_gradient` holds a gradient to, by its dtype."""
 
 
 def assert_within_budget(name: str, actual: Tensor, low_precision: Tensor, oracle: Tensor, factor: float = 2.0) -> None:

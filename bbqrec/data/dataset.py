@@ -146,7 +146,8 @@ class Dataset:
 
     Attributes:
         name: for people; the name of the folder, if it came from one.
-        item_ids, user_ids: names of items and users; their positions are the indices used everywhere else.
+        item_ids: names of items; their positions are the indices used everywhere else.
+        user_ids: names of users, likewise.
         histories: one sequence for each user.
         features: by modality, e.g. "text" and "image".
         texts: text columns by name, one string an item, empty where unknown; "title" is what people see.

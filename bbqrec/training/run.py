@@ -119,7 +119,7 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """What is trained on, and what is held out: see `bbqrec.data.splits`."""
+        """What is trained on, and what is held out."""
         return leave_one_out(self.data)
 
     @cached_property

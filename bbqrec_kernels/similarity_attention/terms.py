@@ -40,7 +40,7 @@ class PackedCodes(NamedTuple):
     query: Tensor | None
     """`(..., M)` int64 words for the query side, or None where the levels do not fit in 64 bits."""
     key: Tensor | None
-    """The same for the key side, with another sentinel in place of negative codes: those agree with nothing."""
+    """The same for the key side, with another sentinel in place of negative codes, which agree with nothing."""
     bits: int
     """Width of the field of a level; level 0 is in the lowest bits."""
     codebook_size: int

@@ -12,9 +12,9 @@ class GradientGate(NamedTuple):
     """What a gradient must keep to as a whole, whatever the budget of its worst element allows."""
 
     relative_l2: float
-    """At most: `‖actual - oracle‖ / ‖oracle‖`."""
+    """The most that `‖actual - oracle‖ / ‖oracle‖` may be."""
     cosine: float
-    """At least: the cosine of the angle between actual and oracle."""
+    """The least that the cosine of the angle between actual and oracle may be."""
 
 
 GRADIENT_GATES = {
@@ -23,7 +23,6 @@ GRADIENT_GATES = {
     torch.float16: GradientGate(3e-3, 1 - 3e-6),
     torch.float64: GradientGate(1e-12, 1 - 1e-14),
 }
-"""What `assert_gradient` holds a gradient to, by its dtype."""
 
 
 def assert_within_budget(name: str, actual: Tensor, low_precision: Tensor, oracle: Tensor, factor: float = 2.0) -> None:

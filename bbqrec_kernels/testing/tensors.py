@@ -12,7 +12,6 @@ from torch import Tensor
 from bbqrec_kernels import _library
 
 LAYOUTS = ("contiguous", "permuted", "sliced")
-"""What `with_layout` knows."""
 
 
 def simd_targets() -> list[str]:

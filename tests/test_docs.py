@@ -183,7 +183,7 @@ def variables_read() -> set[str]:
     for path in [*ROOT.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]:
         if path.suffix == ".py":
             code = re.sub(r"(?<=[(\[{,])\n\s*", "", path.read_text())
-            code = re.sub(r'(\b(?:get|setdefault)\("\w+"), [^)]*', r"\1", code)  # without defaults
+            code = re.sub(r'(\b(?:get|setdefault)\("\w+"), "\w*"', r"\1", code)  # without defaults
             lines = re.findall(r"^.*(?:environ|getenv|delenv|setenv).*$", code, re.MULTILINE)
             found.update(name for line in lines for name in re.findall(r'"([A-Z][A-Z0-9_]+[A-Z0-9])"', line))
             if "tests" not in path.relative_to(ROOT).parts:  # by name, through a variable

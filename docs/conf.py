@@ -40,7 +40,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["results"]
 myst_heading_anchors = 3
 highlight_language = "none"
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes stay as they are
 nitpicky = True
 # Types of other projects: linking to them would take a download of their list of names.
 nitpick_ignore_regex = [("py:.*", r"(torch|numpy|np|nn|polars|pathlib|collections)\..*|typing\.Literal\[.*|Tensor")]
@@ -49,6 +49,7 @@ nitpick_ignore_regex += [("py:class", r"bbqrec\.(models|config)\..*")]
 
 html_theme = "furo"
 html_title = f"BBQRec {version}"
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_show_sourcelink = html_copy_source = html_show_copyright = False
 
 default_role = "code"
@@ -194,6 +195,13 @@ def resolve_home(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+def name_factories(
+    _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, signature: str, returns: str
+) -> Any:
+    """What a dataclass makes anew for every instance has no value to show: `<factory>` is no Python."""
+    return (signature and signature.replace("<factory>", "..."), returns)
+
+
 def check_everything_is_documented(app: Sphinx, env: Any) -> None:
     missing = PUBLIC.keys() - env.get_domain("py").objects.keys()
     for name in sorted(missing):
@@ -212,6 +220,7 @@ def check_nothing_is_fetched(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     app.connect("source-read", read_page)
     app.connect("missing-reference", resolve_home)
+    app.connect("autodoc-process-signature", name_factories)
     app.connect("env-updated", check_everything_is_documented)
     app.connect("build-finished", check_nothing_is_fetched)
     app.add_transform(LinkNames)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -108,8 +109,9 @@ def test_examples_of_the_recommender_run(page: Path) -> None:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
-def test_notebooks_run(notebook: Path) -> None:
+def test_notebooks_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cell by cell; what they printed is not committed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     content = json.loads(notebook.read_text())
     nbformat.validate(content)
     namespace: dict = {}

@@ -51,9 +51,9 @@ class Term(NamedTuple):
     """What `prefix`, `matches`, `cosine` and `gap` return: checked, and ready for the attention functions."""
 
     kind: str
-    """"prefix", "matches", "cosine" or "gap"."""
+    """The name of the function that made it."""
     bias: Tensor
-    """`(M, H, n_buckets)` float32 (float64 for the reference): the table, with its gradient."""
+    """`(M, H, n_buckets)` float32 (float64 in the reference): the table, differentiable."""
     query: Tensor
     """Codes `(..., M, L)` int64, vectors `(..., M, C)`, or positions `(..., M)` int64 of the query tokens."""
     key: Tensor

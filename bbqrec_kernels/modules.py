@@ -264,7 +264,7 @@ class SimilarityAttention(nn.Module):
 
     Args:
         dim: width of the tokens, a multiple of `heads`.
-        heads: H.
+        heads: H, number of heads.
         levels: L, of the codes that `prefix` and `matches` compare.
         prefix: channels compared by the number of leading levels that agree, for instance `[(0, 0), (0, 1)]`.
         matches: channels compared by the number of levels that agree anywhere.

@@ -107,7 +107,9 @@ def options() -> str:
             for other, sections in DEFAULTS_OF_MODEL.items():
                 if name in sections.get(section, {}):
                     default += f"; {other}: {_yaml(sections[section][name])}"
-            lines.append(f"| `{name}` | {_takes(field)} | {default} | {field.description or ''} |")
+            if not field.description:
+                raise ExtensionError(f"bbqrec.config: {section}.{name} has no description")
+            lines.append(f"| `{name}` | {_takes(field)} | {default} | {field.description} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -195,6 +197,22 @@ def resolve_home(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+class Whole:
+    """Docstrings of attributes as they are: napoleon would take what is before a colon for their type."""
+
+    def __init__(self, app: Sphinx) -> None:
+        self.lines: dict[str, list[str]] = {}
+        app.connect("autodoc-process-docstring", self.keep, priority=400)
+        app.connect("autodoc-process-docstring", self.put_back, priority=600)  # napoleon is at 500
+
+    def keep(self, _app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+        if what in ("attribute", "property"):
+            self.lines[name] = list(lines)
+
+    def put_back(self, _app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+        lines[:] = self.lines.pop(name, lines)
+
+
 def name_factories(
     _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, signature: str, returns: str
 ) -> Any:
@@ -224,3 +242,4 @@ def setup(app: Sphinx) -> None:
     app.connect("env-updated", check_everything_is_documented)
     app.connect("build-finished", check_nothing_is_fetched)
     app.add_transform(LinkNames)
+    Whole(app)

@@ -1,8 +1,9 @@
 # Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.10, make and a C++ compiler.
 #   demo     train and compare the models on a generated catalogue        lint    ruff and clang-format
 #   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
-#   check    what is slower: other compilers and architectures, packaging, sanitizers
+#   check    what is slower: other compilers and architectures, packaging, sanitizers, the site
 #   build    the compiled library, in the source tree                     clean   remove what was built
+#   docs     the site, in build/docs; every warning is an error
 #   bench    time the operators against their peers; ARGS="rq --quick" is handed to python -m benchmarks
 #   gpu-test, gpu-bench   the operators' tests and benchmarks with the torch of PYTHON, on a machine with an NVIDIA GPU:
 #            nothing is downloaded; `make gpu-test PYTHON=python` takes that of the active environment
@@ -27,10 +28,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 CLANG := $(VENV)/.clang
+SPHINX := $(VENV)/.sphinx
 BUILT := bbqrec_kernels/_build.json
 OLD_TRITON := build/triton-3.6.0
 
-.PHONY: demo test check build lint format clean bench gpu-test gpu-bench gpu-build
+.PHONY: demo test check docs build lint format clean bench gpu-test gpu-bench gpu-build
 
 demo: build
 	$(BIN)/bbqrec demo $(ARGS)
@@ -38,8 +40,12 @@ demo: build
 test: build
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-check: build $(CLANG) $(OLD_TRITON)
+check: build $(CLANG) $(SPHINX) $(OLD_TRITON)
 	$(BIN)/python tools/check.py $(ARGS)
+
+docs: build $(SPHINX)
+	$(BIN)/python tools/check.py docs
+	@echo "Open build/docs/index.html"
 
 build: $(BUILT)
 
@@ -82,6 +88,11 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 # Clang with the C++ library and the headers of every system that the package promises to compile on.
 $(CLANG): $(INSTALLED)
 	@$(INSTALL) ziglang
+	@touch $@
+
+# What builds the site.
+$(SPHINX): $(INSTALLED)
+	@$(INSTALL) --no-build-isolation -e ".[docs]"
 	@touch $@
 
 # The oldest Triton that must compile the kernels. Where there is none for this machine, its test is skipped.

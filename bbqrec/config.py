@@ -40,26 +40,26 @@ class TokenizerConfig(Section):
     )
     disentangle: bool = Field(True, description="give the decoder a modality-specific part beside the quantized one")
     commitment_weight: float = Field(0.25, ge=0, description="beta of the quantization loss")
-    reconstruction_weight: float = Field(1.0, ge=0)
-    quantization_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(1.0, ge=0, description="of the squared error of what the decoder gives back")
+    quantization_weight: float = Field(1.0, ge=0, description="of the quantization loss")
     club_weight: float = Field(0.01, ge=0, description="upper bound on the information shared by both parts")
     item_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between modalities and behaviour of an item")
     sequence_contrast_weight: float = Field(1.0, ge=0, description="InfoNCE between a history and its next item")
     temperature: float = Field(0.1, gt=0, description="tau of both contrasts")
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(15, ge=1, description="passes over the interactions")
     max_steps: int = Field(1000, ge=1, description="fewer epochs where they are long: so many steps, rounded up to one")
     batch_tokens: int = Field(1024, ge=2, description="interactions per step")
     batch_items: int = Field(512, ge=2, description="items per step, at least: others fill up the batch's own")
-    learning_rate: float = Field(3e-3, gt=0, le=1)
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="of Adam")
 
 
 class ModelConfig(Section):
     """The sequence model: a pre-norm causal Transformer over items."""
 
     dim: int = Field(64, ge=1, description="width of item vectors and hidden states")
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
+    layers: int = Field(2, ge=1, description="Transformer layers")
+    heads: int = Field(2, ge=1, description="attention heads of a layer")
+    dropout: float = Field(0.5, ge=0, lt=1, description="share of the activations that training drops")
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
     item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
@@ -78,12 +78,12 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """Training of the sequence model."""
 
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of everything random, the tokenizer included")
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
     patience: int = Field(7, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     decay_after: int = Field(3, ge=1, description="after every so many of them, the learning rate falls to a third")
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at first")
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
 
 
@@ -159,6 +159,7 @@ class Config(Section):
             raise ValueError(_first_complaint(error)) from None
 
     def save(self, path: str | Path) -> None:
+        """Writes every option to a YAML file, which `load` reads."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
 

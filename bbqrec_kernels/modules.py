@@ -51,8 +51,9 @@ class ResidualQuantizer(nn.Module):
     Attributes:
         codebooks: `(L, K, D)` float32, a parameter or a buffer; `N(0, 1/D)` from torch's global generator at first.
         steps_unused: `(L, K)` int64 buffer, calls of `forward` in training mode since a codeword was last chosen.
-        ema_counts, ema_sums: `(L, K)` and `(L, K, D)` float32 buffers, moving averages of what `residual_statistics`
-            counts in a step; None where codebooks are trained by gradient.
+        ema_counts: `(L, K)` float32 buffer, moving average of the counts of `residual_statistics` in a step; None where
+            codebooks are trained by gradient.
+        ema_sums: `(L, K, D)`, the same of its sums.
 
     Raises:
         ValueError: a size below 1, or `ema_decay` outside of [0, 1).
@@ -263,7 +264,7 @@ class SimilarityAttention(nn.Module):
 
     Args:
         dim: width of the tokens, a multiple of `heads`.
-        heads: H.
+        heads: H, number of heads.
         levels: L, of the codes that `prefix` and `matches` compare.
         prefix: channels compared by the number of leading levels that agree, for instance `[(0, 0), (0, 1)]`.
         matches: channels compared by the number of levels that agree anywhere.
@@ -272,8 +273,10 @@ class SimilarityAttention(nn.Module):
         is_causal: whether a token sees only itself and those before it.
 
     Attributes:
-        qkv, project: `nn.Linear` from `dim` to `3·dim`, and from `dim` to `dim`.
-        prefix_table, matches_table: `(channels, H, L+1)` float32 parameters, log-weights; None without channels.
+        qkv: `nn.Linear` from `dim` to `3·dim`.
+        project: `nn.Linear` from `dim` to `dim`.
+        prefix_table: `(channels, H, L+1)` float32 parameter, log-weights; None without channels.
+        matches_table: the same for the channels of `matches`.
         gap_table: `(gaps, H, gap_buckets)`, likewise.
 
     Raises:

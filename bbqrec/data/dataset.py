@@ -129,7 +129,7 @@ class Histories:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`(N,)` int64."""
+        """`(N,)` int64, items of each sequence."""
         return np.diff(self.offsets)
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> Histories:
@@ -146,7 +146,8 @@ class Dataset:
 
     Attributes:
         name: for people; the name of the folder, if it came from one.
-        item_ids, user_ids: names of items and users; their positions are the indices used everywhere else.
+        item_ids: names of items; their positions are the indices used everywhere else.
+        user_ids: names of users, likewise.
         histories: one sequence for each user.
         features: by modality, e.g. "text" and "image".
         texts: text columns by name, one string an item, empty where unknown; "title" is what people see.
@@ -210,10 +211,12 @@ class Dataset:
 
     @property
     def n_items(self) -> int:
+        """Size of the catalogue, items that nobody has taken included."""
         return len(self.item_ids)
 
     @property
     def n_users(self) -> int:
+        """Number of users, which is that of histories."""
         return len(self.user_ids)
 
     def title(self, item: int) -> str:

@@ -69,6 +69,7 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
+        """`config.yaml`."""
         return Config.load(self.folder / "config.yaml")
 
     @cached_property
@@ -87,6 +88,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether training has ended; only then there is a model."""
         return (self.folder / "metrics.json").is_file()
 
     @property
@@ -117,6 +119,7 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
+        """What is trained on, and what is held out."""
         return leave_one_out(self.data)
 
     @cached_property

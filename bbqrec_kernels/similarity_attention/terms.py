@@ -40,27 +40,32 @@ class PackedCodes(NamedTuple):
     query: Tensor | None
     """`(..., M)` int64 words for the query side, or None where the levels do not fit in 64 bits."""
     key: Tensor | None
-    """The same for the key side, with another sentinel in place of negative codes: those agree with nothing."""
+    """The same for the key side, with another sentinel in place of negative codes, which agree with nothing."""
     bits: int
     """Width of the field of a level; level 0 is in the lowest bits."""
     codebook_size: int
+    """What all codes are below."""
 
 
 class Term(NamedTuple):
     """What `prefix`, `matches`, `cosine` and `gap` return: checked, and ready for the attention functions."""
 
     kind: str
+    """The name of the function that made it."""
     bias: Tensor
-    """`(M, H, n_buckets)`"""
+    """`(M, H, n_buckets)` float32 (float64 in the reference): the table, differentiable."""
     query: Tensor
     """Codes `(..., M, L)` int64, vectors `(..., M, C)`, or positions `(..., M)` int64 of the query tokens."""
     key: Tensor
     """The same of the key tokens."""
     query_words: Tensor | None = None
+    """`(..., M)` int64, the packed codes of the query tokens, or None."""
     key_words: Tensor | None = None
+    """The same of the key tokens."""
     bits: int = 0
     """Of a level in the packed words; 0 where there are none."""
     boundaries: Tensor | None = None
+    """`(n_buckets-1,)` ascending, of `cosine` only."""
 
 
 def prefix(

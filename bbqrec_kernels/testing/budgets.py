@@ -11,8 +11,10 @@ from torch import Tensor
 class GradientGate(NamedTuple):
     """What a gradient must keep to as a whole, whatever the budget of its worst element allows."""
 
-    relative_l2: float  # at most: ‖actual - oracle‖ / ‖oracle‖
-    cosine: float  # at least: the cosine of the angle between actual and oracle
+    relative_l2: float
+    """The most that `‖actual - oracle‖ / ‖oracle‖` may be."""
+    cosine: float
+    """The least that the cosine of the angle between actual and oracle may be."""
 
 
 GRADIENT_GATES = {

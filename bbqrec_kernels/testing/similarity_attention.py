@@ -41,6 +41,7 @@ class AttentionInputs:
     cu_seqlens: Tensor | None = None
 
     def terms(self) -> list[Term]:
+        """A term for each kind, of the tables in `tensors`."""
         terms = []
         for index, (kind, (left, right)) in enumerate(zip(self.kinds, self.compared, strict=True)):
             table = self.tensors[f"table{index}"]
@@ -55,6 +56,7 @@ class AttentionInputs:
         return terms
 
     def attend(self, impl: str = "auto") -> Tensor:
+        """What the operator gives for these inputs."""
         query, key, value = (self.tensors[name] for name in ("query", "key", "value"))
         options = {"is_causal": self.is_causal, "impl": impl}
         if self.cu_seqlens is None:

@@ -72,6 +72,9 @@ class ModelConfig(Section):
     relative_time: bool = Field(False, description="bias attention by how long apart; histories then need times")
     cosine_output: bool = Field(False, description="score by the cosine of hidden state and item vector")
     output_scale: float = Field(15.0, gt=0, description="what multiplies the cosine")
+    sampled_items: int | None = Field(
+        None, ge=1, description="items that a training step's softmax draws; null: all of them, exactly"
+    )
     beam: int = Field(50, ge=1, description="items that TIGER's search finds, those of the history included")
 
 

@@ -1,9 +1,10 @@
-"""The softmax over the whole catalogue, without a matrix of tokens by items."""
+"""The softmax over the whole catalogue, without a matrix of tokens by items, and over a sample of it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Scores of a chunk. 2 MB stay in a core's cache between the products that make and use them; GPUs want large products.
 CHUNK_SCORES = {"cpu": 2**19, "cuda": 2**26}
@@ -24,6 +25,27 @@ def catalogue_cross_entropy(hidden: Tensor, vectors: Tensor, targets: Tensor) ->
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return _CatalogueCrossEntropy.apply(hidden.float(), vectors.float(), targets)
+
+
+def sampled_cross_entropy(hidden: Tensor, vectors: Tensor, targets: Tensor, sampled: Tensor, n_items: int) -> Tensor:
+    """An estimate of `catalogue_cross_entropy`, from the vectors of the targets and of a sample of the catalogue.
+
+    The items drawn stand for all but the target: what they add to the sum of exponentials is scaled up to as many.
+
+    Args:
+        hidden: `(T, d)`, T ≥ 1.
+        vectors: `(N, d)`, of the items in question.
+        targets: `(T,)` int64 rows of `vectors`.
+        sampled: `(n,)` int64 rows of `vectors`, n ≥ 1: items drawn uniformly from the catalogue, with repetition.
+        n_items: size of the catalogue.
+
+    Returns a scalar, differentiable in `hidden` and `vectors`.
+    """
+    own = (hidden * F.embedding(targets, vectors)).sum(1, keepdim=True)
+    is_target = targets[:, None] == sampled
+    each = (n_items - 1) / (~is_target).sum(1, keepdim=True).clamp_min(1)  # items that one drawn stands for
+    others = (hidden @ F.embedding(sampled, vectors).T + each.log()).masked_fill(is_target, -torch.inf)
+    return F.cross_entropy(torch.cat([own, others], 1).float(), torch.zeros_like(targets))
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):

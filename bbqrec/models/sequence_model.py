@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
-from bbqrec.models.losses import catalogue_cross_entropy
+from bbqrec.models.losses import catalogue_cross_entropy, sampled_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec_kernels import Term, gap, pack, prefix, similarity_attention_varlen
@@ -26,7 +28,8 @@ class SequenceModel(nn.Module):
     as the tokenizer's and are trained along, and `x` the item's features, with `config.features`. Attention scores get
     `prefix` terms: channel `(m, m')` compares the codes of modality `m` of the querying item with those of `m'` of the
     other; and `gap` terms: how far apart two items are, in places and in time. Every layer has tables of its own, which
-    start at zero: that is plain attention. With `cosine_output`, logits are `output_scale · cos(h_t, e_j)`.
+    start at zero: that is plain attention. With `cosine_output`, logits are `output_scale · cos(h_t, e_j)`. With
+    `sampled_items` fewer than there are, training compares with a sample of the catalogue.
 
     Args:
         n_items: size of the catalogue.
@@ -48,7 +51,9 @@ class SequenceModel(nn.Module):
         has_content = semantic_ids is not None and config.content
         if not (has_content or config.features or config.item_id):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
-        self.config = config
+        self.config, self.n_items = config, n_items
+        self.samples = config.sampled_items is not None and config.sampled_items < n_items
+        self._vectors: Tensor | None = None  # see `scoring`
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.register_buffer("features", features.clone() if config.features else None)
         if config.features:
@@ -72,14 +77,26 @@ class SequenceModel(nn.Module):
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
-    def item_vectors(self) -> Tensor:
-        """`(n_items, dim)`."""
-        parts = [] if self.item_id is None else [self.item_id]
+    def item_vectors(self, items: Tensor | None = None) -> Tensor:
+        """`(n_items, dim)`; or `(N, dim)`, of these `items (N,)` alone."""
+        parts = []
+        if self.item_id is not None:
+            parts.append(self.item_id if items is None else F.embedding(items, self.item_id))
         if self.has_content:
-            parts.append(self.content(decode(self.codes, self.codebooks)))
+            parts.append(self.content(decode(self.codes if items is None else self.codes[items], self.codebooks)))
         if self.features is not None:
-            parts.append(self.of_features(self.features))
+            parts.append(self.of_features(self.features if items is None else self.features[items]))
         return sum(parts[1:], parts[0])
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """While it is open, `score` takes item vectors that are made once: the model must not change."""
+        with torch.no_grad():
+            self._vectors = self.item_vectors()
+        try:
+            yield
+        finally:
+            self._vectors = None
 
     def forward(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
         """Hidden states `(T, dim)` of packed histories; `vectors` are `item_vectors()`, if at hand."""
@@ -87,14 +104,26 @@ class SequenceModel(nn.Module):
         return self.transformer(F.embedding(batch.items, vectors), batch, self._terms(batch))
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Mean cross-entropy of the next item over the whole catalogue, at every position of the batch."""
+        """Mean cross-entropy of the next item at every position of the batch, over the whole catalogue or a sample."""
+        if self.samples:
+            return self._sampled_loss(batch)
         vectors = self.item_vectors()
         return catalogue_cross_entropy(*self._compared(self(batch, vectors), vectors), batch.targets)
+
+    def _sampled_loss(self, batch: PackedBatch) -> Tensor:
+        """Makes the vectors of the items in question only; all positions have the same sample."""
+        sampled = torch.randint(self.n_items, (self.config.sampled_items,), device=batch.items.device)
+        parts = batch.items, batch.targets, sampled
+        items, rows = torch.cat(parts).unique(return_inverse=True)
+        inputs, targets, others = rows.split([len(part) for part in parts])
+        vectors = self.item_vectors(items)
+        hidden = self.transformer(F.embedding(inputs, vectors), batch, self._terms(batch))
+        return sampled_cross_entropy(*self._compared(hidden, vectors), targets, others, self.n_items)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
         """Scores `(B, n_items)` of the item that follows each history."""
-        vectors = self.item_vectors()
+        vectors = self.item_vectors() if self._vectors is None else self._vectors
         hidden, vectors = self._compared(self(batch, vectors)[batch.last], vectors)
         return hidden @ vectors.T
 

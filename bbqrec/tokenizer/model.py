@@ -76,9 +76,9 @@ class Tokenizer(nn.Module):
         """`(L, K, d)`: the shared codebooks, or those of modality `m` or of `BEHAVIOUR`."""
         return self.quantizers[0 if len(self.quantizers) == 1 else m].codebooks
 
-    def behaviour_vectors(self) -> Tensor:
-        """`(n_items, d)`, on the scale of the encoders' outputs: they share codebooks."""
-        return F.layer_norm(self.behaviour.weight, (self.config.dim,))
+    def behaviour_vectors(self, items: Tensor) -> Tensor:
+        """`(N, d)` of items `(N,)`, on the scale of the encoders' outputs: they share codebooks."""
+        return F.layer_norm(self.behaviour(items), (self.config.dim,))
 
     @torch.no_grad()
     def initialize_codebooks(self, generator: torch.Generator) -> None:
@@ -104,7 +104,7 @@ class Tokenizer(nn.Module):
     def _quantized_rows(self, items: Tensor) -> list[Tensor]:
         """What each quantizer has to quantize of these items `(N,)`."""
         rows = [encode(self.features(m)[items[self.present(m)[items]]]) for m, encode in enumerate(self.encoders)]
-        rows.append(self.behaviour_vectors()[items])
+        rows.append(self.behaviour_vectors(items))
         return [torch.cat(rows)] if len(self.quantizers) == 1 else rows
 
     def losses(self, items: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class Tokenizer(nn.Module):
         masks = [self.present(m)[items] for m in range(len(self.modalities))]
         xs = [self.features(m)[items[mask]] for m, mask in enumerate(masks)]
         zs = [encode(x) for encode, x in zip(self.encoders, xs, strict=True)]
-        behaviour = self.behaviour_vectors()[items]
+        behaviour = self.behaviour_vectors(items)
         # The contrasts compare the behaviour vectors themselves: they are quantized for the sake of the codebooks.
         *quantized, _ = self._quantize([*zs, behaviour], losses)
         aligned = []  # for each modality: ẑ (N, d), zero where absent, and mask (N,)

@@ -279,6 +279,8 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
+    if getattr(model, "samples", False):
+        job.say(f"sequence model: softmax over {job.config.model.sampled_items:,} items drawn each step")
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
     best = train(module, stage, bars=job.bars)
     module.load_state_dict(best["state_dict"])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from bbqrec.models import losses
-from bbqrec.models.losses import catalogue_cross_entropy
+from bbqrec.models.losses import catalogue_cross_entropy, sampled_cross_entropy
 
 
 def tensors(tokens, items, dim=8, scale=1.0):
@@ -57,3 +57,40 @@ def test_float32_under_autocast():
         hidden = hidden.bfloat16().requires_grad_()
         catalogue_cross_entropy(hidden, vectors, targets).backward()
     assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_a_sample_of_every_other_item_is_the_whole_catalogue():
+    """Each item once, the target among them: nothing is estimated."""
+    hidden, vectors, targets = tensors(9, 6)
+    ours = [t.clone().requires_grad_() for t in (hidden, vectors)]
+    exact = [t.clone().requires_grad_() for t in (hidden, vectors)]
+    loss = sampled_cross_entropy(*ours, targets, torch.arange(6), 6)
+    truth = catalogue_cross_entropy(*exact, targets)
+    loss.backward()
+    truth.backward()
+    torch.testing.assert_close(loss, truth)
+    for our, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(our.grad, true.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_estimate_the_sum_over_the_catalogue():
+    """The exponential of the loss less the target's score is the sum's estimate: right on average."""
+    hidden, vectors, targets = tensors(1, 50)
+    own = hidden @ vectors[targets].T
+    truth = (catalogue_cross_entropy(hidden, vectors, targets) + own).exp()
+    sums = [
+        (sampled_cross_entropy(hidden, vectors, targets, torch.randint(50, (40,)), 50) + own).exp() for _ in range(2000)
+    ]
+    found = torch.stack(sums)
+    error = found.std() / len(sums) ** 0.5
+    assert abs(found.mean() - truth) < 4 * error
+    assert error < 0.05 * truth
+
+
+def test_only_the_target_drawn():
+    hidden, vectors, _ = tensors(2, 3)
+    hidden.requires_grad_()
+    loss = sampled_cross_entropy(hidden, vectors, torch.tensor([1, 1]), torch.tensor([1, 1]), 3)
+    loss.backward()
+    assert loss == 0
+    assert (hidden.grad == 0).all()

@@ -21,10 +21,11 @@ def semantic_ids(modalities=("text", "image")):
     return SemanticIDs(tuple(modalities), codes, torch.randn(1, 3, 4, 8, generator=torch.Generator().manual_seed(2)))
 
 
-def model(ids="both", trained_tables=True, **options):
+def model(ids="both", trained_tables=True, features=None, **options):
     torch.manual_seed(0)
     options = {"dim": 16, "layers": 2, "heads": 2, "max_length": 12, **options}
-    made = SequenceModel(N_ITEMS, ModelConfig(**options), semantic_ids() if ids == "both" else ids).eval()
+    options |= {"features": features is not None}
+    made = SequenceModel(N_ITEMS, ModelConfig(**options), semantic_ids() if ids == "both" else ids, features).eval()
     for tables in (made.tables, made.position_tables, made.time_tables):
         if tables is not None and trained_tables:
             torch.nn.init.normal_(tables)
@@ -291,3 +292,40 @@ def test_channels_compare_the_modality_of_the_query_with_that_of_the_key():
         assert torch.equal(term.query, codes[:, [0, 0, 1, 1]])
         assert torch.equal(term.key, codes[:, [0, 1, 0, 1]])
         assert torch.equal(term.bias, ranker.tables[layer])
+
+
+@pytest.mark.parametrize("options", [{}, {"item_id": False}, {"features": torch.randn(N_ITEMS, 5)}])
+def test_vectors_of_some_items_are_those_of_all(options):
+    made = model(**options)
+    items = torch.tensor([7, 3, 3, 29])
+    torch.testing.assert_close(made.item_vectors(items), made.item_vectors()[items], rtol=1e-5, atol=1e-6)
+
+
+def test_sampled_losses_come_near_the_full_one_and_learn_the_same():
+    batch = replace(packed(*HISTORIES), targets=torch.arange(21) % N_ITEMS)
+    full, sampled = model(None), model(None, sampled_items=20)
+    for made in (full, sampled):
+        made.item_id.data *= 0.3  # the logarithm of an estimate lags where a few items have most of the sum
+    assert sampled.samples
+    assert not model(sampled_items=N_ITEMS).samples
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(100):
+        losses.append(sampled.loss(batch))
+        losses[-1].backward()
+    full.loss(batch).backward()
+    assert torch.stack(losses).mean().item() == pytest.approx(full.loss(batch).item(), rel=0.05)
+    found, true = sampled.item_id.grad / 100, full.item_id.grad
+    assert torch.cosine_similarity(found.flatten(), true.flatten(), dim=0) > 0.95
+
+
+def test_scoring_makes_item_vectors_once():
+    ranker, batch = model(), packed(*HISTORIES)
+    expected = ranker.score(batch)
+    with ranker.scoring():
+        assert torch.equal(ranker.score(batch), expected)
+        ranker.item_vectors = None  # not asked for
+        assert torch.equal(ranker.score(batch), expected)
+    del ranker.item_vectors
+    ranker.item_id.data += 1
+    assert not torch.equal(ranker.score(batch), expected)

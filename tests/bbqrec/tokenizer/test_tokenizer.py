@@ -70,7 +70,7 @@ def test_reconstruction_and_quantization_are_their_formulas(ema_decay, factor, b
             guess = model.decoders[m](torch.cat([added, model.specific[m](x)], 1))
             reconstruction += (guess - x).square().mean().item()
             quantization += factor * sum(rests).item()
-        quantization += factor * sum(quantize(model.behaviour_vectors()[ITEMS], model.codebook(BEHAVIOUR))[1]).item()
+        quantization += factor * sum(quantize(model.behaviour_vectors(ITEMS), model.codebook(BEHAVIOUR))[1]).item()
     assert losses["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-4)
     assert losses["quantization"].item() == pytest.approx(quantization, rel=1e-4)
 
@@ -80,7 +80,7 @@ def test_contrasts_and_club_are_their_formulas(batch):
     losses = model.losses(ITEMS, batch)
     options = model.config
     with torch.no_grad():
-        behaviour = model.behaviour_vectors()[ITEMS]
+        behaviour = model.behaviour_vectors(ITEMS)
         z = [model.encoders[m](model.features(m)[ITEMS]) for m in (TEXT, IMAGE)]
         text, image = (quantize(z[m], model.codebook(m))[0] for m in (TEXT, IMAGE))
         pairs = [(text, image), (text, behaviour), (image, behaviour)]
@@ -157,7 +157,7 @@ def test_separate_codebooks_have_the_losses_of_their_sources(batch):
     model = tokenizer(shared_codebooks=False)
     with torch.no_grad():
         z = [encode(model.features(m)[ITEMS]) for m, encode in enumerate(model.encoders)]
-        z.append(model.behaviour_vectors()[ITEMS])
+        z.append(model.behaviour_vectors(ITEMS))
         expected = sum(
             sum(quantize(rows, model.codebook(m))[1]) for m, rows in zip((TEXT, IMAGE, BEHAVIOUR), z, strict=True)
         )

@@ -64,6 +64,17 @@ def test_sequence_model(tokenizer, data, batch, with_ids):
     check(model, lambda: model.loss(batch))
 
 
+def test_sampled_softmax(tokenizer, data, batch):
+    config = Config().override({"model.sampled_items": data.n_items // 2}).model
+    model = SequenceModel(data.n_items, config, tokenizer.semantic_ids()).eval()
+
+    def loss():
+        torch.manual_seed(0)
+        return model.loss(batch)
+
+    check(model, loss)
+
+
 def test_tiger(tokenizer, data):
     batch = next(iter(PrefixBatches(leave_one_out(data).train, max_length=50, batch_tokens=1500, seed=0)))
     model = Tiger(Config().override({"model_name": "tiger", "model.max_length": 50}).model, tokenizer.semantic_ids())

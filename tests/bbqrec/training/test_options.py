@@ -47,6 +47,7 @@ ALTERNATIVES = {
     "model.relative_time": (True, {}),
     "model.cosine_output": (True, {}),
     "model.output_scale": (3, {"model.cosine_output": True}),
+    "model.sampled_items": (20, {}),
     "model.beam": (5, {"model_name": "tiger"}),
     "training.seed": (1, {}),
     "training.epochs": (1, {}),

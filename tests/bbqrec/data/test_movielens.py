@@ -3,6 +3,7 @@
 import pytest
 
 from bbqrec.data import Dataset
+from bbqrec.data.formats import tables
 
 
 @pytest.fixture
@@ -57,3 +58,18 @@ def test_faults_name_the_file_and_the_line(folder, name, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+def test_blocks_end_anywhere(folder, size, monkeypatch):
+    expected = Dataset.load(folder).fingerprint()
+    lines = ["1::20::5::30", "1::10::0.5::20", "2::10::3::5"]
+    (folder / "ratings.dat").write_bytes(("\r\n".join(lines) + "\r\n" * 5).encode("utf-8-sig"))
+    monkeypatch.setattr(tables, "BLOCK_BYTES", size)
+    assert Dataset.load(folder).fingerprint() == expected
+    (folder / "ratings.dat").write_text("\n".join([*lines, "", "", "3::10::3::5", ""]))
+    with pytest.raises(ValueError, match="line 4 has 1 columns, expected 4"):
+        Dataset.load(folder)
+    (folder / "ratings.dat").write_text("\n".join([*lines, "3::10::3"]))
+    with pytest.raises(ValueError, match="line 4 has 3 columns, expected 4"):
+        Dataset.load(folder)

@@ -49,6 +49,7 @@ class SequenceModel(nn.Module):
         if not (has_content or config.features or config.item_id):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
         self.config = config
+        self.n_trained, self.n_added = n_items, 0  # items: see `add_items`
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.register_buffer("features", features.clone() if config.features else None)
         if config.features:
@@ -64,6 +65,7 @@ class SequenceModel(nn.Module):
             self.time_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, TIME_BUCKETS))
         if semantic_ids is not None:
             self.register_buffer("codes", semantic_ids.codes.clone())
+            self.codebook_size = semantic_ids.codebook_size
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
             self.codebooks.requires_grad_(has_content)
             self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
@@ -72,13 +74,32 @@ class SequenceModel(nn.Module):
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
+    def add_items(self, codes: Tensor | None, features: Tensor | None) -> None:
+        """Appends items that training did not know. Their vectors are what their content says: `id_i` is zero.
+
+        Args:
+            codes: `(N, M, L)` int64, -1 where an item lacks the modality; None for a model without semantic IDs.
+            features: `(N, F)`, as those of the catalogue; None for a model without `config.features`.
+        """
+        if self.has_semantic_ids:
+            self.codes = torch.cat([self.codes, codes.to(self.codes.device)])
+        if self.features is not None:
+            self.features = torch.cat([self.features, features.to(self.features.device)])
+        self.n_added += len(features if codes is None else codes)
+
     def item_vectors(self) -> Tensor:
         """`(n_items, dim)`."""
-        parts = [] if self.item_id is None else [self.item_id]
+        trained, added = slice(self.n_trained), slice(self.n_trained, None)
+        vectors = self._vectors(trained, self.item_id)
+        # Apart: in its last bits, what a matrix product makes of a row may depend on how many rows there are.
+        return torch.cat([vectors, self._vectors(added)]) if self.n_added else vectors
+
+    def _vectors(self, rows: slice, item_id: Tensor | None = None) -> Tensor:
+        parts = [] if item_id is None else [item_id]
         if self.has_content:
-            parts.append(self.content(decode(self.codes, self.codebooks)))
+            parts.append(self.content(decode(self.codes[rows], self.codebooks)))
         if self.features is not None:
-            parts.append(self.of_features(self.features))
+            parts.append(self.of_features(self.features[rows]))
         return sum(parts[1:], parts[0])
 
     def forward(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
@@ -89,14 +110,14 @@ class SequenceModel(nn.Module):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the whole catalogue, at every position of the batch."""
         vectors = self.item_vectors()
-        return catalogue_cross_entropy(*self._compared(self(batch, vectors), vectors), batch.targets)
+        return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
         """Scores `(B, n_items)` of the item that follows each history."""
         vectors = self.item_vectors()
-        hidden, vectors = self._compared(self(batch, vectors)[batch.last], vectors)
-        return hidden @ vectors.T
+        hidden, vectors = self.compared(self(batch, vectors)[batch.last], vectors)
+        return self.products(hidden, vectors)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -115,7 +136,13 @@ class SequenceModel(nn.Module):
         weights = [_last_weights(query, key, batch, terms) for terms in (self._terms(batch)[-1], [])]
         return weights[0], weights[1]
 
-    def _compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, hidden: Tensor, vectors: Tensor) -> Tensor:
+        """`hidden (B, dim)` with `vectors (n_items, dim)`: `(B, n_items)`, added items apart as in `item_vectors`."""
+        if not self.n_added:
+            return hidden @ vectors.T
+        return torch.cat([hidden @ part.T for part in vectors.tensor_split([self.n_trained])], dim=1)
+
+    def compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """What the logits are dot products of."""
         if not self.config.cosine_output:
             return hidden, vectors
@@ -127,8 +154,7 @@ class SequenceModel(nn.Module):
         if self.tables is not None:
             left, right = zip(*self.channels, strict=True)
             codes = self.codes[batch.items]  # (T, M, L)
-            size = self.codebooks.shape[2]
-            query, key = pack(codes[:, left], size), pack(codes[:, right], size)
+            query, key = pack(codes[:, left], self.codebook_size), pack(codes[:, right], self.codebook_size)
             for layer, table in zip(terms, self.tables, strict=True):
                 layer.append(prefix(query, table, key_codes=key))
         for places, tables in ((batch.positions, self.position_tables), (batch.timestamps, self.time_tables)):

@@ -113,9 +113,9 @@ class SequenceModel(nn.Module):
         return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets)
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch) -> Tensor:
-        """Scores `(B, n_items)` of the item that follows each history."""
-        vectors = self.item_vectors()
+    def score(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
+        """Scores `(B, n_items)` of the item that follows each history; `vectors` as in `forward`."""
+        vectors = self.item_vectors() if vectors is None else vectors
         hidden, vectors = self.compared(self(batch, vectors)[batch.last], vectors)
         return self.products(hidden, vectors)
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from bbqrec.data.batches import pack_histories
+from bbqrec.data.batches import PackedBatch, pack_histories
 from bbqrec.data.dataset import Histories, check_unique, unknown_item
 from bbqrec.data.files import atomically
 from bbqrec.models.sequence_model import SequenceModel
@@ -27,7 +27,8 @@ class BBQRec:
     """Recommends the next items of histories. `BBQRec.load` opens a run folder of any model, SASRec and TIGER too.
 
     Args:
-        model: a trained model; its device is where scores are computed.
+        model: a trained model; its device is where scores are computed. Its weights stay as they are: vectors of items
+            are computed once.
         item_ids: name of every item, in the order of the model.
         titles: title of every item.
         max_length: latest interactions of a history that count.
@@ -49,6 +50,7 @@ class BBQRec:
         self.semantic_ids = semantic_ids
         self.n_trained = len(self.item_ids)  # those behind are new: see `add_items`
         self._run: Run | None = None
+        self._vectors: torch.Tensor | None = None
         self._index = {item: i for i, item in enumerate(self.item_ids)}
 
     @classmethod
@@ -162,6 +164,7 @@ class BBQRec:
         self, items: list[str], titles: list[str], codes: torch.Tensor | None, features: torch.Tensor | None
     ) -> None:
         self.model.add_items(codes, features)
+        self._vectors = None
         self._index |= {item: len(self.item_ids) + n for n, item in enumerate(items)}
         self.item_ids += items
         self.titles += titles
@@ -309,7 +312,7 @@ class BBQRec:
         is_candidate: torch.Tensor,
     ) -> list[list[tuple[str, float]]]:
         batch = pack_histories(Histories.from_lists(histories, timestamps), self.max_length)
-        scores = self.model.score(batch.to(next(self.model.parameters()).device)).cpu()
+        scores = self._score(batch.to(next(self.model.parameters()).device)).cpu()
         if not keep_history:
             for row, items in zip(scores, histories, strict=True):
                 row[items] = -torch.inf
@@ -321,6 +324,14 @@ class BBQRec:
             [(self.item_ids[i], score) for i, score in zip(*row, strict=True) if score != -torch.inf]
             for row in zip(candidates[best.indices].tolist(), best.values.tolist(), strict=True)
         ]
+
+    def _score(self, batch: PackedBatch) -> torch.Tensor:
+        if isinstance(self.model, Tiger):
+            return self.model.score(batch)
+        if self._vectors is None or self._vectors.device != batch.items.device:
+            with torch.no_grad():
+                self._vectors = self.model.item_vectors()
+        return self.model.score(batch, self._vectors)
 
 
 def _read_new_items(

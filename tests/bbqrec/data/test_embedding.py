@@ -299,8 +299,15 @@ def test_features_of_another_model_or_of_other_texts_are_not_mixed(shop, use):
     use(Fake(identity=b"b"))
     with pytest.raises(ValueError, match=r"text\.npy: is there already, made of other texts or by another model"):
         embed(shop, text=TEXT + "fake")
-    (shop / "features" / "text.json").unlink()  # features from elsewhere
     use(Fake())
+    items = (shop / "items.csv").read_text()
+    for changed in (items.replace("red lamp", "red desk"), items.replace("i0", "i9")):
+        (shop / "items.csv").write_text(changed)
+        with pytest.raises(ValueError, match=r"text\.npy: is there already, made of other texts"):
+            embed(shop, text=TEXT + "fake")
+    (shop / "items.csv").write_text(items)
+    embed(shop, text=TEXT + "fake")
+    (shop / "features" / "text.json").unlink()  # features from elsewhere
     with pytest.raises(ValueError, match="is there already"):
         embed(shop, text=TEXT + "fake")
     shutil.rmtree(shop / "features")
@@ -310,6 +317,13 @@ def test_features_of_another_model_or_of_other_texts_are_not_mixed(shop, use):
     anew = use(Fake(identity=b"b"))
     embed(shop, text=TEXT + "fake")
     assert len(anew.asked) == 6
+
+
+def test_an_image_that_changed_is_another(shop, pictures, image_model):
+    embed(shop, image=image_model)
+    shutil.copy(pictures / "x.png", pictures / "i0.png")
+    with pytest.raises(ValueError, match=r"image\.npy: is there already, made of other images"):
+        embed(shop, image=image_model)
 
 
 def test_a_damaged_part_is_named(shop, use):

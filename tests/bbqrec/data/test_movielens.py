@@ -60,16 +60,18 @@ def test_faults_name_the_file_and_the_line(folder, name, text, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 1000])
-def test_blocks_end_anywhere(folder, size, monkeypatch):
+def test_blocks_end_anywhere(folder, monkeypatch):
     expected = Dataset.load(folder).fingerprint()
-    lines = ["1::20::5::30", "1::10::0.5::20", "2::10::3::5"]
-    (folder / "ratings.dat").write_bytes(("\r\n".join(lines) + "\r\n" * 5).encode("utf-8-sig"))
-    monkeypatch.setattr(tables, "BLOCK_BYTES", size)
-    assert Dataset.load(folder).fingerprint() == expected
-    (folder / "ratings.dat").write_text("\n".join([*lines, "", "", "3::10::3::5", ""]))
-    with pytest.raises(ValueError, match="line 4 has 1 columns, expected 4"):
-        Dataset.load(folder)
-    (folder / "ratings.dat").write_text("\n".join([*lines, "3::10::3"]))
-    with pytest.raises(ValueError, match="line 4 has 3 columns, expected 4"):
-        Dataset.load(folder)
+    path, lines = folder / "ratings.dat", ["1::20::5::30", "1::10::0.5::20", "2::10::3::5"]
+    for size in range(1, 60):
+        monkeypatch.setattr(tables, "BLOCK_BYTES", size)
+        path.write_bytes(("\r\n".join(lines) + "\r\n" * 5).encode("utf-8-sig"))
+        assert Dataset.load(folder).fingerprint() == expected
+        for wrong, message in (
+            ([*lines, "", "", "3::10::3::5", ""], "line 4 has 1 columns, expected 4"),
+            ([lines[0], "", *lines[1:]], "line 2 has 1 columns, expected 4"),
+            ([*lines, "3::10::3"], "line 4 has 3 columns, expected 4"),
+        ):
+            path.write_text("\n".join(wrong))
+            with pytest.raises(ValueError, match=message):
+                Dataset.load(folder)

@@ -148,17 +148,14 @@ def embed(
         return
     for modality, figures in made.items():
         _print_unreadable(figures["unreadable"])
-        rest = {
-            "without": f"{figures['without']:,} without",
-            "unreadable": f"{len(figures['unreadable']):,} unreadable",
-            "strays": f"{figures.get('strays', 0):,} images of no item",
+        counts = {
+            f"without {modality}": figures["without"],
+            "unreadable": len(figures["unreadable"]),
+            f"{modality}s of no item": figures.get("strays", 0),
         }
-        counts = {**figures, "unreadable": len(figures["unreadable"])}
-        said = [words for key, words in rest.items() if counts.get(key)]
-        typer.echo(
-            f"{modality}: {figures['made']:,} of {figures['items']:,} items, {figures['width']} wide"
-            f"{''.join(f', {words}' for words in said)}: {figures['file']}"
-        )
+        rest = "".join(f", {count:,} {words}" for words, count in counts.items() if count)
+        made = f"{figures['made']:,} of {figures['items']:,} items, {figures['width']} wide"
+        typer.echo(f"{modality}: {made}{rest}: {figures['file']}")
 
 
 @command

@@ -133,6 +133,8 @@ def embed(
 
 def _of_texts(model: str, path: Path, item_ids: list[str], texts: dict[str, list[str]]) -> _Job:
     name = model.removeprefix(SENTENCE_TRANSFORMERS)
+    if name.startswith("~"):  # a shell looks for it at the start of a word only
+        name = str(Path(name).expanduser())
     if name == model or not name:
         raise ValueError(
             f"text: got {model!r}, expected {SENTENCE_TRANSFORMERS}<folder or name of a model>, e.g. "
@@ -194,6 +196,7 @@ def _make(job: _Job, folder: Path, progress: bool | None) -> dict[str, Any]:
                 f"{target}: is there already, made of other {job.modality}s or by another model; delete it to make "
                 "it anew"
             )
+        _clear(job, folder)
         return {**made["figures"], "file": str(target)}
     parts = _claim(folder / f".{job.modality}.parts", identity)
     values, failures = _encode(job, encoder, parts, progress)
@@ -215,8 +218,17 @@ def _make(job: _Job, folder: Path, progress: bool | None) -> dict[str, Any]:
     _write_text(target.with_suffix(".items.txt"), "".join(f"{name}\n" for name in names))
     _write_text(record, json.dumps({"identity": identity, "figures": figures}, indent=2) + "\n")
     _write_arrays(target, np.save, values)
-    shutil.rmtree(parts)
+    _clear(job, folder)
     return {**figures, "file": str(target)}
+
+
+def _clear(job: _Job, folder: Path) -> None:
+    """Removes the parts of finished features, and halves of files that killed calls left."""
+    for path in folder.glob(f".{job.modality}.*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _claim(parts: Path, identity: str) -> Path:
@@ -360,7 +372,7 @@ def _picture(path: Path, root: Path) -> Any:
 @contextmanager
 def _loading(modality: str, name: str, transformers: ModuleType) -> Iterator[None]:
     """Says in one sentence what the libraries say in many, and lets them draw no bars of their own."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"{modality}: {name} is no folder; give that of a model, or the name of one")
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -93,6 +93,7 @@ def export(program: Program, about: dict[str, Any], path: Path, *, compiled: boo
     """Writes `program`, wholly or not at all, with what there is to know about it (values that JSON can hold).
 
     The number of histories, and of items in them, are free. `compiled`: machine code for this kind of processor.
+    Raises `ValueError` where that cannot be made.
     """
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
     example = torch.tensor([[0, -1], [0, 0], [0, 0]])  # neither is 0 or 1, which would be taken for constants
@@ -105,11 +106,15 @@ def export(program: Program, about: dict[str, Any], path: Path, *, compiled: boo
         atomically(path, lambda temporary: _save(exported, text, temporary))
         return
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            exported,
-            package_path=str(Path(folder) / "made.pt2"),
-            inductor_configs={"aot_inductor.metadata": {"about": text}},
-        )
+        try:
+            made = torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(Path(folder) / "made.pt2"),
+                inductor_configs={"aot_inductor.metadata": {"about": text}},
+            )
+        except RuntimeError as error:  # among them that there is no compiler
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"compiled: AOTInductor failed ({reason}); export without it") from error
         Path(made).replace(path)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bbqrec.config import Config
+from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features, check_finite
 from bbqrec.data.files import atomically
 from bbqrec.data.text import WordVectors
@@ -41,6 +41,25 @@ def save_preparation(folder: Path, features: dict[str, Features]) -> None:
     for feature in features.values():
         if feature.words is not None:
             feature.words.save(folder / WORDS)
+
+
+def read_standardizations(path: Path) -> dict[str, Standardization]:
+    """What `save_preparation` wrote, by modality."""
+    return {
+        row["modality"]: Standardization(np.array(row["mean"]), np.array(row["constant"]), row["scale"])
+        for row in pl.read_parquet(path).iter_rows(named=True)
+    }
+
+
+def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> list[tuple[nn.Module, Tensor]]:
+    """Encoders of features of these widths out of a tokenizer's weights, each with its codebooks."""
+    state = load_file(path)
+    encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
+    prefix = "encoders."
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    encoders.load_state_dict(own)
+    books = [0 if config.shared_codebooks else m for m in range(len(widths))]
+    return [(each, state[f"quantizers.{book}.codebooks"]) for each, book in zip(encoders, books, strict=True)]
 
 
 def model_features(standardized: list[Tensor]) -> Tensor:
@@ -68,28 +87,20 @@ class ItemEncoder:
     """Turns features of items, or their texts where the run's features were made of texts, into `EncodedItems`.
 
     Args:
-        folder: of a run with a finished tokenizer, or of a model without.
-        config: of the run.
+        standardizations: of the run's feature sets, by modality.
+        words: what made its "text" features, None where they were given.
+        encoders: of the tokenizer, with the codebooks `(L, K, d)` of each modality; None of a run without semantic IDs.
     """
 
-    def __init__(self, folder: Path, config: Config):
-        table = pl.read_parquet(folder / FEATURES)
-        self.standardizations = {
-            row["modality"]: Standardization(np.array(row["mean"]), np.array(row["constant"]), row["scale"])
-            for row in table.iter_rows(named=True)
-        }
-        self.words = WordVectors.load(folder / WORDS) if (folder / WORDS).is_file() else None
-        self.encoders: nn.ModuleList | None = None
-        if config.model_name != "sasrec":
-            state = load_file(folder / TOKENIZER)
-            sizes = config.tokenizer.hidden, config.tokenizer.dim
-            widths = [len(each.mean) for each in self.standardizations.values()]
-            self.encoders = nn.ModuleList(encoder(width, *sizes) for width in widths)
-            prefix = "encoders."
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            self.encoders.load_state_dict(own)
-            shared = config.tokenizer.shared_codebooks
-            self.codebooks = [state[f"quantizers.{0 if shared else m}.codebooks"] for m in range(len(widths))]
+    def __init__(
+        self,
+        standardizations: dict[str, Standardization],
+        words: WordVectors | None,
+        encoders: list[tuple[nn.Module, Tensor]] | None,
+    ):
+        self.standardizations = standardizations
+        self.words = words
+        self.encoders = encoders
 
     @torch.no_grad()
     def encode(self, n: int, features: Mapping[str, np.ndarray], texts: list[str] | None) -> EncodedItems:
@@ -115,7 +126,8 @@ class ItemEncoder:
             standardized.append(x)
             masks.append(mask)
             if self.encoders is not None:
-                found = residual_quantize(self.encoders[m](x), self.codebooks[m]).codes
+                behaviour_aligned, codebooks = self.encoders[m]
+                found = residual_quantize(behaviour_aligned(x), codebooks).codes
                 codes.append(found.masked_fill(~torch.from_numpy(mask)[:, None], -1))
         return EncodedItems(torch.stack(codes, 1) if codes else None, model_features(standardized), np.stack(masks, 1))
 

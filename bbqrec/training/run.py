@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,11 +37,19 @@ from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
 from bbqrec.data.files import atomically
 from bbqrec.data.splits import Split, leave_one_out
+from bbqrec.data.text import WordVectors
 from bbqrec.evaluation.ranking import METRICS, evaluate
 from bbqrec.models.build import build_model
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
-from bbqrec.tokenizer.item_encoder import FEATURES, ItemEncoder
+from bbqrec.tokenizer.item_encoder import (
+    FEATURES,
+    TOKENIZER,
+    WORDS,
+    ItemEncoder,
+    read_encoders,
+    read_standardizations,
+)
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
 DAMAGE = (  # what reading a broken or foreign file raises
@@ -155,8 +163,18 @@ class Run:
     @cached_property
     def item_encoder(self) -> ItemEncoder:
         """For items that training did not know; of a run that uses features."""
-        with damage_named(self.folder / FEATURES):
-            return ItemEncoder(self.folder, self.config)
+
+        def read(name: str, reader: Callable[..., Any], *arguments: Any) -> Any:
+            with damage_named(self.folder / name):
+                return reader(self.folder / name, *arguments)
+
+        standardizations = read(FEATURES, read_standardizations)
+        words = read(WORDS, WordVectors.load) if (self.folder / WORDS).is_file() else None
+        encoders = None
+        if self.config.model_name != "sasrec":
+            widths = [len(each.mean) for each in standardizations.values()]
+            encoders = read(TOKENIZER, read_encoders, widths, self.config.tokenizer)
+        return ItemEncoder(standardizations, words, encoders)
 
     def evaluate(self, split: str = "test", *, keep_history: bool = False) -> dict[str, float]:
         """Ranks all items for every user's held-out item.

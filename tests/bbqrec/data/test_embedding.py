@@ -224,6 +224,18 @@ def test_an_interrupted_call_goes_on_where_it_was(shop, use, undisturbed):
     assert not list((shop / "features").glob(".*"))
 
 
+def test_a_call_that_was_killed_when_all_but_done_leaves_nothing_behind(shop, use, monkeypatch):
+    use(Fake())
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_clear", lambda *arguments: None)
+        embed(shop, text=TEXT + "fake")
+    (shop / "features" / ".text.npy.abc").write_bytes(b"half")
+    before = features_of(shop)
+    embed(shop, text=TEXT + "fake")
+    assert features_of(shop) == before
+    assert sorted(path.name for path in (shop / "features").iterdir()) == ["text.items.txt", "text.json", "text.npy"]
+
+
 @pytest.mark.parametrize("step", range(7))
 def test_what_ends_at_any_step_of_writing_is_finished_by_the_next_call(step, shop, use, undisturbed, monkeypatch):
     use(Fake())
@@ -435,8 +447,8 @@ def test_by_command(shop, pictures, text_model, image_model):
     arguments = ["embed", str(shop), "--text", TEXT + text_model, "--image", image_model]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert f"text: 6 of 7 items, 16 wide, 1 without: {shop / 'features' / 'text.npy'}" in result.stdout
-    assert "image: 3 of 7 items, 16 wide, 2 without, 2 unreadable, 1 images of no item" in result.stdout
+    assert f"text: 6 of 7 items, 16 wide, 1 without text: {shop / 'features' / 'text.npy'}" in result.stdout
+    assert "image: 3 of 7 items, 16 wide, 2 without image, 2 unreadable, 1 images of no item" in result.stdout
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["Left out", "Left out"]
     made = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["features"]
     assert made["image"]["made"] == 3

@@ -232,6 +232,12 @@ def test_a_run_of_an_older_version_says_what_it_lacks(bbqrec_run, copy_of, tmp_p
     (run / "features.parquet").unlink()
     with pytest.raises(ValueError, match=r"features\.parquet: is missing; .* fit into a new one"):
         BBQRec.load(run).add_items(["x"], features=copy_of(0))
+    for name in ("features.parquet", "tokenizer.safetensors"):
+        content = (bbqrec_run.folder / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=rf"{name}: is damaged"):
+            BBQRec.load(run).add_items(["x"], features=copy_of(0))
+        (run / name).write_bytes(content)
 
 
 def call(*arguments):

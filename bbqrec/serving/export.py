@@ -81,10 +81,9 @@ class Program(nn.Module):
         hidden, _ = self.model.compared(self.model(batch, self.vectors)[batch.last], self.vectors[:0])
         scores = self.model.products(hidden, self.vectors if self.compared is None else self.compared)
         if not self.keep_history:
-            nothing = scores.shape[1]
-            excluded = scores.new_zeros(scores.shape[0], nothing + 1, dtype=torch.bool)
-            excluded = excluded.scatter(1, torch.where(is_item, histories, nothing), True)
-            scores = scores.masked_fill(excluded[:, :nothing], -torch.inf)
+            # Where there is no item, another one of the row: that is excluded anyway.
+            excluded = torch.where(is_item, histories, histories.amax(1, keepdim=True))
+            scores.scatter_(1, excluded, -torch.inf)
         best = scores.topk(self.k)
         return best.indices, best.values
 

@@ -140,6 +140,7 @@ def _of_texts(model: str, path: Path, item_ids: list[str], texts: dict[str, list
             f"text: got {model!r}, expected {SENTENCE_TRANSFORMERS}<folder or name of a model>, e.g. "
             f"{SENTENCE_TRANSFORMERS}all-MiniLM-L6-v2"
         )
+    _check_model("text", name)
     together = [joined(column[i] for column in texts.values()) for i in range(len(item_ids))]
     chosen = [i for i, words in enumerate(together) if words]
     if not chosen:
@@ -151,6 +152,7 @@ def _of_texts(model: str, path: Path, item_ids: list[str], texts: dict[str, list
 
 
 def _of_images(model: str, folder: Path, images: Path | None, item_ids: list[str]) -> _Job:
+    _check_model("image", model)
     known = set(_needs("PIL.Image").registered_extensions())
     root = folder / "images" if images is None else images
     if not root.is_dir():
@@ -175,6 +177,12 @@ def _of_images(model: str, folder: Path, images: Path | None, item_ids: list[str
     load = partial(_load_image_model, root=root.resolve())
     versions = [_version(path) for path in inputs]
     return _Job("image", model, items, inputs, versions, IMAGES_A_PART, len(item_ids), {"strays": strays}, load)
+
+
+def _check_model(modality: str, name: str) -> None:
+    """What can only be a folder is looked for here: the libraries would ask the network for it."""
+    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"{modality}: {name} is no folder; give that of a model, or the name of one")
 
 
 def _version(path: Path) -> str:
@@ -372,8 +380,6 @@ def _picture(path: Path, root: Path) -> Any:
 @contextmanager
 def _loading(modality: str, name: str, transformers: ModuleType) -> Iterator[None]:
     """Says in one sentence what the libraries say in many, and lets them draw no bars of their own."""
-    if (name.startswith((".", "/")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ValueError(f"{modality}: {name} is no folder; give that of a model, or the name of one")
     transformers.utils.logging.disable_progress_bar()
     try:
         yield

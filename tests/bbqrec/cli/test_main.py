@@ -567,7 +567,8 @@ def test_a_shell_completes(line, expected):
     assert complete(line) == expected
 
 
-def test_the_shell_s_script_is_shown(monkeypatch):
+def test_the_shell_s_script_is_shown_and_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     shells = {"bash": "complete -o default -F", "zsh": "compdef", "fish": "complete --command bbqrec"}
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # tests have no shell above them
     code = "from bbqrec.cli.main import app; app(prog_name='bbqrec')"
@@ -575,6 +576,9 @@ def test_the_shell_s_script_is_shown(monkeypatch):
         done = subprocess.run([sys.executable, "-c", code, "--show-completion", shell], capture_output=True, text=True)
         assert words in done.stdout, done
         assert "_BBQREC_COMPLETE" in done.stdout
+    command = [sys.executable, "-c", code, "--install-completion", "bash"]
+    subprocess.run(command, capture_output=True, check=True)
+    assert any("_BBQREC_COMPLETE" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_demo(tmp_path, monkeypatch, tiny_config):

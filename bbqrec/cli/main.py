@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -20,14 +20,32 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Multi-modal sequential recommendation on semantic IDs.",
+    epilog="Exit codes: 0 done; 1 failed, and a sentence on stderr says why; 2 wrong usage; 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+
+def _model_names() -> list[str]:
+    """For completion in a shell."""
+    from bbqrec.config import Config
+
+    return list(get_args(Config.model_fields["model_name"].annotation))
+
+
+def _option_starts(incomplete: str) -> list[str]:
+    """For completion in a shell."""
+    from bbqrec.config import option_names
+
+    return [start for name in option_names() if (start := f"{name}=").startswith(incomplete)]
+
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `bbqrec fit` makes it.")]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One option, e.g. training.seed=1; repeat.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One option, e.g. training.seed=1; repeat.", autocompletion=_option_starts
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 KeepHistory = Annotated[bool, typer.Option("--keep-history", help="Leave items of the history among the candidates.")]
@@ -104,10 +122,50 @@ def import_(
 
 
 @command
+def embed(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set: a folder in the format of bbqrec itself.")],
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="sentence-transformers:MODEL", help="Make text features by this model: a folder or name."),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Make image features by this vision model of transformers: a folder or name."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images, <item>.jpg or the like; by default DATA/images.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make features from the texts and images of items by pretrained models; an interrupted call resumes."""
+    from bbqrec.data.embedding import embed as embed_data
+
+    made = embed_data(data, text=text, image=image, images=images)
+    if as_json:
+        _print_json({"data": str(data), "features": made})
+        return
+    for modality, figures in made.items():
+        _print_unreadable(figures["unreadable"])
+        counts = {
+            f"without {modality}": figures["without"],
+            "unreadable": len(figures["unreadable"]),
+            f"{modality}s of no item": figures.get("strays", 0),
+        }
+        rest = "".join(f", {count:,} {words}" for words, count in counts.items() if count)
+        made = f"{figures['made']:,} of {figures['items']:,} items, {figures['width']} wide"
+        typer.echo(f"{modality}: {made}{rest}: {figures['file']}")
+
+
+@command
 def fit(
     data: Annotated[Path, typer.Option(help="Data set: a folder in one of the formats read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write; an unfinished one is resumed.")],
-    model: Annotated[str | None, typer.Option(help="bbqrec, sasrec or tiger; by default what the options say.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="bbqrec, sasrec or tiger; by default what the options say.", autocompletion=_model_names),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
@@ -133,7 +191,10 @@ def fit(
 def tokenize(
     data: Annotated[Path, typer.Option(help="Data set: a folder in one of the formats read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write; `bbqrec fit` on it goes on from there.")],
-    model: Annotated[str | None, typer.Option(help="The model that they are for; by default what options say.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that they are for; by default what options say.", autocompletion=_model_names),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options.")] = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
@@ -159,7 +220,9 @@ def tokenize(
 @command
 def evaluate(
     run: RunFolder,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="validation or test.", autocompletion=lambda: ["validation", "test"])
+    ] = "test",
     data: Annotated[Path | None, typer.Option(help="The run's data set, if it is no longer where it was.")] = None,
     keep_history: KeepHistory = False,
     as_json: AsJson = False,
@@ -201,6 +264,31 @@ def inspect(
         return
     _print_facts(facts)
     typer.echo(f"Page: {page}" if page.is_file() else f"No page yet: bbqrec inspect {run} --report {page}")
+
+
+@command(name="add-items")
+def add_items(
+    run: RunFolder,
+    items: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ITEMS", help="Folder with items.parquet or items.csv, and features/ as in a data set; or the file."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Add items that training did not know to a run: `bbqrec recommend` then recommends them, and reads them."""
+    from bbqrec import BBQRec
+    from bbqrec.serving.files import add_items_of
+
+    model = BBQRec.load(run)
+    names = add_items_of(model, items)
+    model.save_new_items()
+    rows = [{"item": name, "title": model.title(name), "semantic_id": model.semantic_id(name)} for name in names]
+    if as_json:
+        _print_json({"run": str(run), "new_items": len(model.item_ids) - model.n_trained, "items": rows})
+        return
+    _print_table(f"Added to {run}", rows)
 
 
 @command(cls=HistoryCommand)
@@ -252,6 +340,29 @@ def recommend(
 
 
 @command
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, named .pt2.")],
+    k: Annotated[int, typer.Option("-k", help="How many items it recommends.")] = 10,
+    keep_history: KeepHistory = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Machine code for machines like this one; needs a C++ compiler.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the recommender as one file that runs without bbqrec: torch and bbqrec_kernels load it."""
+    from bbqrec import BBQRec
+
+    model = BBQRec.load(run)
+    model.export(out, k, keep_history=keep_history, compiled=compiled)
+    facts = {"file": str(out), "items": len(model.item_ids), "k": k, "megabytes": round(out.stat().st_size / 1e6, 1)}
+    if as_json:
+        _print_json({"run": str(run), **facts})
+    else:
+        typer.echo(f"Exported: {out}, {facts['items']:,} items, {facts['megabytes']} MB")
+
+
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the catalogue and the runs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the catalogue and of training.")] = 0,
@@ -298,16 +409,18 @@ def doctor(as_json: AsJson = False) -> None:
     from bbqrec_kernels.collect_env import collect, render
 
     report = collect()
-    report["models"] = {name: _version(name) for name in _requirements("models")}
+    for extra in ("models", "embed"):
+        report[extra] = {name: _version(name) for name in _requirements(extra)}
     missing = [name for name, version in report["models"].items() if version is None]
     idle = [name for name, blockers in report["operators"].items() if all(blockers.values())]
     if as_json:
         _print_json({**report, "ready": not (missing or idle)})
     else:
         typer.echo(render(report))
-        typer.echo("\nextra [models]")
-        for name, version in report["models"].items():
-            typer.echo(f"  {name:<14} {version or 'missing'}")
+        for extra, title in (("models", "extra [models]"), ("embed", "extra [embed], for `bbqrec embed` only")):
+            typer.echo(f"\n{title}")
+            for name, version in report[extra].items():
+                typer.echo(f"  {name:<21} {version or 'missing'}")
         typer.echo()
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: pip install 'bbqrec[models]'")
@@ -318,6 +431,13 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 DEMO_OPTIONS: dict[str, Any] = {"tokenizer.epochs": 10, "training.epochs": 30, "training.patience": 4}
+
+
+def _print_unreadable(reasons: list[str], shown: int = 10) -> None:
+    for reason in reasons[:shown]:
+        typer.echo(f"Left out: {reason}", err=True)
+    if len(reasons) > shown:
+        typer.echo(f"Left out: {len(reasons) - shown:,} more; --json names all", err=True)
 
 
 def _without_cold_targets(metrics: dict[str, float]) -> dict[str, float]:
@@ -418,7 +538,10 @@ def _print_tokenizer_figures(figures: dict[str, Any]) -> None:
 def _print_facts(facts: dict[str, Any]) -> None:
     """All that `bbqrec.report.collect` found, but for what needs a drawing."""
     run, metrics = facts["run"], facts["metrics"]
-    typer.echo(f"{run['model']} on {run['data']}: {run['users']:,} users, {run['items']:,} items, seed {run['seed']}")
+    users = "" if run["users"] is None else f"{run['users']:,} users, "
+    typer.echo(f"{run['model']} on {run['data']}: {users}{run['items']:,} items, seed {run['seed']}")
+    if "left_out" in facts:
+        typer.echo(facts["left_out"])
     rows = {}
     for split in ("validation", "test"):
         rows |= {split: metrics[split], f"{split}, most popular": metrics["most_popular"][split]}
@@ -447,7 +570,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
             if table["kind"] != "time" or any(weights[n] for _, weights in heads)  # 0: training never met it
         ]
         _print_table(f"Weight of a pair in attention, by {table['kind']}: {table['channel']}", rows)
-    for example in facts["examples"]:
+    for example in facts.get("examples", []):
         history = [
             {
                 "item": row["item"],

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from bbqrec.data.text import WordVectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +24,14 @@ class Features:
     Attributes:
         values: `(n_items, F)` float32; rows of absent items are zero.
         present: `(n_items,)` bool; false where an item lacks the modality.
-        derived: computed from the texts on loading, so neither saved nor part of the fingerprint.
+        words: what made them of the texts on loading; None where they were given.
 
     Raises `ValueError` (shapes, no item present, NaN or infinity) and `TypeError` (dtypes).
     """
 
     values: np.ndarray
     present: np.ndarray
-    derived: bool = False
+    words: WordVectors | None = None
 
     def __post_init__(self) -> None:
         if self.values.dtype != np.float32 or self.present.dtype != np.bool_:
@@ -43,6 +47,11 @@ class Features:
         if not self.present.any():
             raise ValueError("features: no item has any, so there is nothing to learn from; leave this modality out")
         check_finite(self.values, "features")
+
+    @property
+    def derived(self) -> bool:
+        """Whether they were made of the texts: they are neither saved nor part of the fingerprint."""
+        return self.words is not None
 
     @classmethod
     def of_items(cls, values: np.ndarray, rows: np.ndarray, n_items: int) -> Features:
@@ -225,7 +234,7 @@ class Dataset:
 
     def text(self, item: int) -> str:
         """All that the item's texts say, in the order of the columns."""
-        return ". ".join(text for column in self.texts.values() if (text := column[item].strip(" .")))
+        return joined(column[item] for column in self.texts.values())
 
     def item_index(self, item_id: str) -> int:
         """Index of an item. Raises `ValueError` naming the nearest known IDs."""
@@ -287,6 +296,11 @@ class Dataset:
         for name, texts in self.texts.items():
             add_strings(f"texts {name}", texts)
         return digest.hexdigest()
+
+
+def joined(texts: Iterable[str]) -> str:
+    """What the texts of an item say together."""
+    return ". ".join(stripped for text in texts if (stripped := text.strip(" .")))
 
 
 def unknown_item(item_id: str, item_ids: Sequence[str]) -> str:

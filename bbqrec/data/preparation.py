@@ -106,7 +106,7 @@ def _subset(data: Dataset, interactions: np.ndarray, users: np.ndarray, items: n
             timestamps=None if histories.timestamps is None else histories.timestamps[interactions],
         ),
         features={
-            name: Features(feature.values[chosen], feature.present[chosen], feature.derived)
+            name: Features(feature.values[chosen], feature.present[chosen], feature.words)
             for name, feature in data.features.items()
             if feature.present[chosen].any()
         },

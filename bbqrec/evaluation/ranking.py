@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class Ranker(Protocol):
     def score(self, batch: PackedBatch) -> Tensor:
         """Scores `(B, n_items)`, higher is better, on the device of the batch.
 
-        A ranker may have `scoring()`, a context manager that is open while it scores many batches.
+        A ranker may have `item_vectors()`: what that returns is then given to every call as `vectors`.
         """
 
 
@@ -70,11 +70,25 @@ def evaluate(
     if heldout.targets.min() < 0 or heldout.targets.max() >= n_items:
         raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
     batch_users = batch_users or max(1, min(512, 2**24 // n_items))
-    rank, world = rank_and_world()
+    device, (rank, world) = _device(ranker), rank_and_world()
     starts = range(0, len(heldout), batch_users)  # the same batches for any number of processes: the same scores
-    with ranker.scoring() if hasattr(ranker, "scoring") else nullcontext():
-        batches = (slice(start, start + batch_users) for start in starts[rank::world])
-        found = [_ranks_of_users(ranker, heldout, users, n_items, keep_history, max_length) for users in batches]
+    score = partial(ranker.score, vectors=ranker.item_vectors()) if hasattr(ranker, "item_vectors") else ranker.score
+    found = []
+    for start in starts[rank::world]:
+        histories = heldout.histories[start : start + batch_users]
+        targets = torch.from_numpy(heldout.targets[start : start + batch_users]).to(device)
+        scores = score(pack_histories(histories, max_length).to(device))
+        if scores.shape != (len(targets), n_items):
+            raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {n_items})")
+        if scores.isnan().any():
+            row = int(scores.isnan().any(1).int().argmax())
+            raise ValueError(f"ranker: scores of user {heldout.users[start + row]} hold NaN; has training diverged?")
+        excluded = None
+        if not keep_history:
+            excluded = torch.zeros(scores.shape, dtype=torch.bool, device=device)
+            rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
+            excluded[rows, torch.from_numpy(histories.items).to(device)] = True
+        found.append(ranks(scores, targets, excluded).cpu())
     all_ranks = _of_all_processes(found, starts, len(heldout))
     metrics = _metrics(all_ranks)
     if train_items is not None:
@@ -82,26 +96,6 @@ def evaluate(
         cold_metrics = _metrics(all_ranks[cold]) if cold.any() else {"users": 0}
         metrics |= {f"cold/{name}": value for name, value in cold_metrics.items()}
     return metrics
-
-
-def _ranks_of_users(
-    ranker: Ranker, heldout: Heldout, users: slice, n_items: int, keep_history: bool, max_length: int
-) -> Tensor:
-    """Ranks `(B,)` of the targets of some users."""
-    histories, device = heldout.histories[users], _device(ranker)
-    targets = torch.from_numpy(heldout.targets[users]).to(device)
-    scores = ranker.score(pack_histories(histories, max_length).to(device))
-    if scores.shape != (len(targets), n_items):
-        raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {n_items})")
-    if scores.isnan().any():
-        row = int(scores.isnan().any(1).int().argmax())
-        raise ValueError(f"ranker: scores of user {heldout.users[users][row]} hold NaN; has training diverged?")
-    excluded = None
-    if not keep_history:
-        excluded = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-        rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
-        excluded[rows, torch.from_numpy(histories.items).to(device)] = True
-    return ranks(scores, targets, excluded).cpu()
 
 
 def _of_all_processes(found: list[Tensor], starts: range, users: int) -> np.ndarray:

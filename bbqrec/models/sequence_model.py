@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 
 import torch
@@ -51,9 +49,9 @@ class SequenceModel(nn.Module):
         has_content = semantic_ids is not None and config.content
         if not (has_content or config.features or config.item_id):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
-        self.config, self.n_items = config, n_items
+        self.config = config
+        self.n_trained, self.n_added = n_items, 0  # items: see `add_items`
         self.samples = config.sampled_items is not None and config.sampled_items < n_items
-        self._vectors: Tensor | None = None  # see `scoring`
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.register_buffer("features", features.clone() if config.features else None)
         if config.features:
@@ -69,6 +67,7 @@ class SequenceModel(nn.Module):
             self.time_tables = nn.Parameter(torch.zeros(config.layers, 1, config.heads, TIME_BUCKETS))
         if semantic_ids is not None:
             self.register_buffer("codes", semantic_ids.codes.clone())
+            self.codebook_size = semantic_ids.codebook_size
             self.codebooks = nn.Parameter(semantic_ids.codebooks.clone())
             self.codebooks.requires_grad_(has_content)
             self.content = nn.Linear(semantic_ids.codebooks.shape[-1], config.dim, bias=False) if has_content else None
@@ -77,26 +76,34 @@ class SequenceModel(nn.Module):
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
-    def item_vectors(self, items: Tensor | None = None) -> Tensor:
-        """`(n_items, dim)`; or `(N, dim)`, of these `items (N,)` alone."""
-        parts = []
-        if self.item_id is not None:
-            parts.append(self.item_id if items is None else F.embedding(items, self.item_id))
-        if self.has_content:
-            parts.append(self.content(decode(self.codes if items is None else self.codes[items], self.codebooks)))
-        if self.features is not None:
-            parts.append(self.of_features(self.features if items is None else self.features[items]))
-        return sum(parts[1:], parts[0])
+    def add_items(self, codes: Tensor | None, features: Tensor | None) -> None:
+        """Appends items that training did not know. Their vectors are what their content says: `id_i` is zero.
 
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """While it is open, `score` takes item vectors that are made once: the model must not change."""
-        with torch.no_grad():
-            self._vectors = self.item_vectors()
-        try:
-            yield
-        finally:
-            self._vectors = None
+        Args:
+            codes: `(N, M, L)` int64, -1 where an item lacks the modality; None for a model without semantic IDs.
+            features: `(N, F)`, as those of the catalogue; None for a model without `config.features`.
+        """
+        if self.has_semantic_ids:
+            self.codes = torch.cat([self.codes, codes.to(self.codes.device)])
+        if self.features is not None:
+            self.features = torch.cat([self.features, features.to(self.features.device)])
+        self.n_added += len(features if codes is None else codes)
+
+    def item_vectors(self) -> Tensor:
+        """`(n_items, dim)`."""
+        trained, added = slice(self.n_trained), slice(self.n_trained, None)
+        vectors = self._vectors(trained, self.item_id)
+        # Apart: in its last bits, what a matrix product makes of a row may depend on how many rows there are.
+        return torch.cat([vectors, self._vectors(added)]) if self.n_added else vectors
+
+    def _vectors(self, rows: slice | Tensor, item_id: Tensor | None = None) -> Tensor:
+        """Vectors of some items; `item_id` are theirs."""
+        parts = [] if item_id is None else [item_id]
+        if self.has_content:
+            parts.append(self.content(decode(self.codes[rows], self.codebooks)))
+        if self.features is not None:
+            parts.append(self.of_features(self.features[rows]))
+        return sum(parts[1:], parts[0])
 
     def forward(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
         """Hidden states `(T, dim)` of packed histories; `vectors` are `item_vectors()`, if at hand."""
@@ -108,24 +115,24 @@ class SequenceModel(nn.Module):
         if self.samples:
             return self._sampled_loss(batch)
         vectors = self.item_vectors()
-        return catalogue_cross_entropy(*self._compared(self(batch, vectors), vectors), batch.targets)
+        return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets)
 
     def _sampled_loss(self, batch: PackedBatch) -> Tensor:
         """Makes the vectors of the items in question only; all positions have the same sample."""
-        sampled = torch.randint(self.n_items, (self.config.sampled_items,), device=batch.items.device)
+        sampled = torch.randint(self.n_trained, (self.config.sampled_items,), device=batch.items.device)
         parts = batch.items, batch.targets, sampled
         items, rows = torch.cat(parts).unique(return_inverse=True)
         inputs, targets, others = rows.split([len(part) for part in parts])
-        vectors = self.item_vectors(items)
+        vectors = self._vectors(items, None if self.item_id is None else F.embedding(items, self.item_id))
         hidden = self.transformer(F.embedding(inputs, vectors), batch, self._terms(batch))
-        return sampled_cross_entropy(*self._compared(hidden, vectors), targets, others, self.n_items)
+        return sampled_cross_entropy(*self.compared(hidden, vectors), targets, others, self.n_trained)
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch) -> Tensor:
-        """Scores `(B, n_items)` of the item that follows each history."""
-        vectors = self.item_vectors() if self._vectors is None else self._vectors
-        hidden, vectors = self._compared(self(batch, vectors)[batch.last], vectors)
-        return hidden @ vectors.T
+    def score(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
+        """Scores `(B, n_items)` of the item that follows each history; `vectors` as in `forward`."""
+        vectors = self.item_vectors() if vectors is None else vectors
+        hidden, vectors = self.compared(self(batch, vectors)[batch.last], vectors)
+        return self.products(hidden, vectors)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -144,7 +151,13 @@ class SequenceModel(nn.Module):
         weights = [_last_weights(query, key, batch, terms) for terms in (self._terms(batch)[-1], [])]
         return weights[0], weights[1]
 
-    def _compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, hidden: Tensor, vectors: Tensor) -> Tensor:
+        """`hidden (B, dim)` with `vectors (n_items, dim)`: `(B, n_items)`, added items apart as in `item_vectors`."""
+        if not self.n_added:
+            return hidden @ vectors.T
+        return torch.cat([hidden @ part.T for part in vectors.tensor_split([self.n_trained])], dim=1)
+
+    def compared(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """What the logits are dot products of."""
         if not self.config.cosine_output:
             return hidden, vectors
@@ -156,8 +169,7 @@ class SequenceModel(nn.Module):
         if self.tables is not None:
             left, right = zip(*self.channels, strict=True)
             codes = self.codes[batch.items]  # (T, M, L)
-            size = self.codebooks.shape[2]
-            query, key = pack(codes[:, left], size), pack(codes[:, right], size)
+            query, key = pack(codes[:, left], self.codebook_size), pack(codes[:, right], self.codebook_size)
             for layer, table in zip(terms, self.tables, strict=True):
                 layer.append(prefix(query, table, key_codes=key))
         for places, tables in ((batch.positions, self.position_tables), (batch.timestamps, self.time_tables)):

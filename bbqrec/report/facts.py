@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits  # scikit-learn needs it, so it is there
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from bbqrec.config import Config
@@ -16,7 +16,7 @@ from bbqrec.data.splits import Heldout
 from bbqrec.evaluation.ranking import ranks
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
-from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs, decode
+from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec.training.plots import STAGES, read_log
 from bbqrec.training.run import Run
 
@@ -39,14 +39,25 @@ def collect(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         Values that JSON can hold. "run": what was trained, on what, at what cost. "curves": by stage, columns over
         epochs. "metrics". With semantic IDs "codebooks", "collisions" and "groups" (items by first code); "map":
         places of items in two dimensions; with tables in attention "reweighting"; "examples": users of the test split.
+        Where the data set is not where it was, or has changed, what only it knows is missing, and "left_out" says so.
 
-    Raises `ValueError` where the data set is gone or a file of the run is damaged.
+    Raises `ValueError` where a file of the run is damaged, or a data set that was given is another.
     """
-    model, data = run.model, run.data
+    model, data = run.model, None
+    try:
+        data = run.data
+    except ValueError as error:
+        if run.has_data_given:
+            raise
+        why = str(error)
     titles = run.items["title"].to_list()
     semantic_ids = _semantic_ids(run)
     labels = None if semantic_ids is None else _first_codes(semantic_ids)
     facts = {"run": _run(run, data), "curves": _curves(run), "metrics": metrics}
+    if data is None:
+        facts["left_out"] = (
+            f"Without the data set there are no counts of users and interactions, and no examples. {why}"
+        )
     if semantic_ids is not None:
         facts["codebooks"] = _codebooks(semantic_ids, run.tokenizer_figures)
         facts["collisions"] = _collisions(semantic_ids, titles)
@@ -55,18 +66,20 @@ def collect(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     modalities = () if semantic_ids is None else semantic_ids.modalities
     if tables := _reweighting(model, modalities):
         facts["reweighting"] = tables
+    if data is None:
+        return facts
     facts["examples"] = _examples(model, run.config, data, run.split.test, titles, has_tables=bool(tables))
     return facts
 
 
-def _run(run: Run, data: Dataset) -> dict[str, Any]:
+def _run(run: Run, data: Dataset | None) -> dict[str, Any]:
     recorded = run.facts
     return {
         "model": run.config.model_name,
-        "data": data.name,
-        "users": data.n_users,
-        "items": data.n_items,
-        "interactions": len(data.histories.items),
+        "data": recorded["data"]["name"],
+        "users": None if data is None else data.n_users,
+        "items": len(run.items),
+        "interactions": None if data is None else len(data.histories.items),
         "seed": run.config.training.seed,
         "max_length": run.config.model.max_length,
         "seconds": recorded.get("seconds"),
@@ -91,8 +104,7 @@ def _semantic_ids(run: Run) -> SemanticIDs | None:
     """As `Run.semantic_ids`, of a run that need not be finished."""
     if not run.model.has_semantic_ids:
         return None
-    names = tuple(c.removeprefix(CODES) for c in run.items.columns if c.startswith(CODES))
-    return SemanticIDs(names, run.model.codes, run.model.codebooks.detach())
+    return SemanticIDs(run.modalities, run.model.codes, run.model.codebooks.detach())
 
 
 def _codebooks(semantic_ids: SemanticIDs, figures: dict[str, Any]) -> dict[str, Any]:

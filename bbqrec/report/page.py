@@ -56,13 +56,12 @@ def _summary(facts: dict[str, Any]) -> str:
     tiles = [
         ("test NDCG@10", f"{ours:.4f}"),
         ("NDCG@10 of most popular", f"{popular:.4f}"),
-        ("users", f"{run['users']:,}"),
-        ("items", f"{run['items']:,}"),
-        ("interactions", f"{run['interactions']:,}"),
+        *((name, f"{run[name]:,}") for name in ("users", "items", "interactions") if run[name] is not None),
     ]
     if run["seconds"] is not None:
         tiles.append(("training", f"{run['seconds']:,.0f} s"))
-    return '<dl class="tiles">' + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in tiles) + "</dl>"
+    shown = '<dl class="tiles">' + "".join(f"<div><dt>{n}</dt><dd>{v}</dd></div>" for n, v in tiles) + "</dl>"
+    return shown + (_paragraph(facts["left_out"]) if "left_out" in facts else "")
 
 
 def _versions(run: dict[str, Any]) -> str:

@@ -1,12 +1,17 @@
-"""Histories in JSON lines, and recommendations out, for many users at once."""
+"""Files in and out: histories in JSON lines and recommendations for many users at once; new items."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bbqrec.data.dataset import joined
+from bbqrec.data.formats import native
 from bbqrec.serving.recommender import BATCH_HISTORIES, BBQRec
 
 
@@ -66,6 +71,25 @@ def recommend_all(model: BBQRec, requests: Iterable[Request], k: int, **options:
         for request, best in zip(batch, found, strict=True):
             items = [{"item": item, "title": model.title(item), "score": score} for item, score in best]
             yield {"user": request.user, "items": items}
+
+
+def add_items_of(model: BBQRec, path: Path) -> list[str]:
+    """Adds the items of a table, or of a folder in the native format, and returns their names.
+
+    Their features are those of the folder, made as those of the data set were; texts count where the run's features
+    were made of texts and the folder has none. Raises `ValueError` as `BBQRec.add_items` does, and for faults in files.
+    """
+    folder = path if path.is_dir() else None
+    items, texts = native.read_items(path if folder is None else native.items_file(folder))
+    features = {} if folder is None else native.read_features(folder, items)
+    reads_texts = model.reads_texts and "text" not in features
+    model.add_items(
+        items,
+        titles=texts.get("title"),
+        texts=[joined(column[i] for column in texts.values()) for i in range(len(items))] if reads_texts else None,
+        features={name: np.where(each.present[:, None], each.values, np.nan) for name, each in features.items()},
+    )
+    return items
 
 
 def _recommend(model: BBQRec, batch: list[Request], k: int, options: dict[str, Any]) -> list[list[tuple[str, float]]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 
-from bbqrec.data.batches import pack_histories
-from bbqrec.data.dataset import Histories, unknown_item
+from bbqrec.data.batches import PackedBatch, pack_histories
+from bbqrec.data.dataset import Histories, check_unique, unknown_item
+from bbqrec.data.files import atomically
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
-from bbqrec.tokenizer.semantic_ids import SemanticIDs
-from bbqrec.training.run import Run
+from bbqrec.tokenizer.item_encoder import ItemEncoder
+from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
+from bbqrec.training.run import Run, damage_named, versions
 
+NEW_ITEMS = "new_items.parquet"
 BATCH_HISTORIES = 256  # bounds the memory of the scores, BATCH_HISTORIES x n_items
 
 
@@ -22,7 +27,8 @@ class BBQRec:
     """Recommends the next items of histories. `BBQRec.load` opens a run folder of any model, SASRec and TIGER too.
 
     Args:
-        model: a trained model; its device is where scores are computed.
+        model: a trained model; its device is where scores are computed. Its weights stay as they are: vectors of items
+            are computed once.
         item_ids: name of every item, in the order of the model.
         titles: title of every item.
         max_length: latest interactions of a history that count.
@@ -42,15 +48,128 @@ class BBQRec:
         self.titles = list(titles)
         self.max_length = max_length
         self.semantic_ids = semantic_ids
+        self.n_trained = len(self.item_ids)  # those behind are new: see `add_items`
+        self._run: Run | None = None
+        self._vectors: torch.Tensor | None = None
         self._index = {item: i for i, item in enumerate(self.item_ids)}
 
     @classmethod
-    def load(cls, folder: str | Path) -> BBQRec:
-        """Opens a finished run folder. Raises `ValueError` where there is none, or an unfinished one."""
+    def load(cls, folder: str | Path, *, new_items: bool = True) -> BBQRec:
+        """Opens a finished run folder, with the new items that `save_new_items` left in it, or without.
+
+        Raises `ValueError` where there is no run folder, or an unfinished or damaged one.
+        """
         run = Run(Path(folder))
         items = run.items
         max_length = run.config.model.max_length
-        return cls(run.model, items["item"].to_list(), items["title"].to_list(), max_length, run.semantic_ids)
+        model = cls(run.model, items["item"].to_list(), items["title"].to_list(), max_length, run.semantic_ids)
+        model._run = run
+        path = run.folder / NEW_ITEMS
+        if new_items and path.is_file():
+            with damage_named(path):
+                model._append(*_read_new_items(path, run.modalities))
+        return model
+
+    def add_items(
+        self,
+        items: Sequence[str],
+        *,
+        titles: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        features: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds items that training did not know: from now on they are recommended, and histories may hold them.
+
+        The trained tokenizer gives them semantic IDs, and their vectors are what the model makes of these (and of their
+        features, with `model.features`). What is missing is the part of the vector that the item's own ID has: what
+        training learned about an item from who took it, beyond its content. It is zero, so new items with the same
+        semantic ID score the same, and an item that is better or worse than its content says is taken for average; the
+        larger that part is in a run, the less new items are like old ones. Fit again when they have interactions.
+        `evaluate`, `inspect` and `fit` know nothing of them. `save_new_items` keeps them.
+
+        Args:
+            items: N names.
+            titles: what people see; by default the names.
+            texts: one an item, empty where unknown, for a run whose "text" features were made of texts on loading.
+            features: by modality `(N, F)`, made as those of the data set were; a row of NaN says that an item lacks
+                the modality, and so does a modality that is not there.
+
+        Raises:
+            ValueError: a name is there already, an item has no modality at all, numbers or shapes do not fit, or the
+                model cannot tell new items from their content.
+        """
+        encoder = self._item_encoder()
+        items = list(items)
+        if not all(isinstance(item, str) and item for item in items):
+            raise TypeError(f"items: got {items!r}, expected a list of names (strings, not empty)")
+        check_unique(items, "items")
+        for item in items:
+            if item in self._index:
+                raise ValueError(f"items: {item!r} is in the catalogue already; give new items other names")
+        titles = items if titles is None else list(titles)
+        if len(titles) != len(items):
+            raise ValueError(f"titles: got {len(titles)}, expected {len(items)} (one for each item)")
+        titles = [title or item for title, item in zip(titles, items, strict=True)]
+        if not items:
+            return
+        encoded = encoder.encode(len(items), features or {}, None if texts is None else list(texts))
+        bare = ~encoded.present.any(1)
+        if bare.any():
+            known = ", ".join(map(repr, encoder.standardizations))
+            raise ValueError(
+                f"items: {items[bare.argmax()]!r} has nothing in any of {known}, so nothing is known about it; leave "
+                "it out"
+            )
+        self._append(items, titles, encoded.codes, encoded.features)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether `add_items` takes texts. Raises `ValueError` where it takes nothing."""
+        return self._item_encoder().words is not None
+
+    def save_new_items(self) -> None:
+        """Writes all new items to `new_items.parquet` in the run folder, where `BBQRec.load` finds them.
+
+        Raises `ValueError` where there are none.
+        """
+        if len(self.item_ids) == self.n_trained:
+            raise ValueError("save_new_items: there are no new items; `add_items` adds some")
+        new = slice(self.n_trained, None)
+        columns = {"item": self.item_ids[new], "title": self.titles[new]}
+        if self.semantic_ids is not None:
+            for m, name in enumerate(self.semantic_ids.modalities):
+                columns[f"{CODES}{name}"] = self.semantic_ids.codes[new, m].tolist()
+        if self.model.features is not None:
+            columns["features"] = self.model.features[new].tolist()
+        schema = {"item": pl.String, "title": pl.String}
+        atomically(self._run.folder / NEW_ITEMS, pl.DataFrame(columns, schema_overrides=schema).write_parquet)
+
+    def _item_encoder(self) -> ItemEncoder:
+        """Raises `ValueError` for a model that cannot tell new items from their content."""
+        if self._run is None:
+            raise ValueError("add_items: this model was not opened by BBQRec.load, so it has no tokenizer; open one so")
+        if isinstance(self.model, Tiger):
+            raise ValueError(
+                "add_items: TIGER finds items by a search in the IDs that it was trained to write, which holds no new "
+                "ones; fit model 'bbqrec'"
+            )
+        if not self.model.has_content and self.model.features is None:
+            raise ValueError(
+                "add_items: this model knows items by their own IDs alone, so it can say nothing about new ones; fit "
+                "model 'bbqrec', or set model.features=true"
+            )
+        return self._run.item_encoder
+
+    def _append(
+        self, items: list[str], titles: list[str], codes: torch.Tensor | None, features: torch.Tensor | None
+    ) -> None:
+        self.model.add_items(codes, features)
+        self._vectors = None
+        self._index |= {item: len(self.item_ids) + n for n, item in enumerate(items)}
+        self.item_ids += items
+        self.titles += titles
+        if self.semantic_ids is not None:
+            self.semantic_ids = replace(self.semantic_ids, codes=self.model.codes)
 
     def recommend(
         self,
@@ -109,6 +228,43 @@ class BBQRec:
                 )
         return recommended
 
+    def export(self, path: str | Path, k: int = 10, *, keep_history: bool = False, compiled: bool = False) -> None:
+        """Writes the recommender, new items included, as a program that runs without this package and the run folder.
+
+        It maps `histories (B, S)` of item numbers to the `k` best next items and their scores, as `recommend` does; for
+        a model that reads times, `timestamps (B, S)` are its second input. `bbqrec.serving.export` says how to load and
+        call it: that takes torch and `import bbqrec_kernels`.
+
+        Args:
+            path: of the file, named .pt2.
+            k: how many items it returns; where fewer are left for a history, the last scores are -inf.
+            keep_history: also recommend items of the history.
+            compiled: machine code by AOTInductor, for machines like this one, in place of a graph for `torch.export`.
+                It needs a C++ compiler, and takes about a minute.
+
+        Raises:
+            ValueError: a wrong `k` or name, or a model that searches (TIGER).
+        """
+        from bbqrec.serving.export import Program, export  # loads torch.export, which takes a second
+
+        path = Path(path)
+        if path.suffix != ".pt2" or not path.parent.is_dir():
+            raise ValueError(f"path: got {path}, expected a name that ends in .pt2, in a folder that exists")
+        if isinstance(self.model, Tiger):
+            raise ValueError("export: TIGER's search has no fixed shapes, so it cannot be exported; fit model 'bbqrec'")
+        if not 1 <= k <= len(self.item_ids):
+            raise ValueError(f"k: got {k}, expected 1 to {len(self.item_ids)}, the number of items")
+        about = {
+            "items": self.item_ids,
+            "titles": self.titles,
+            "k": k,
+            "max_length": self.max_length,
+            "keep_history": keep_history,
+            "reads_timestamps": self.model.config.relative_time,
+            "versions": versions(),
+        }
+        export(Program(self.model, k, self.max_length, keep_history), about, path, compiled=compiled)
+
     def title(self, item: str) -> str:
         """Title of an item. Raises `ValueError` where the item is unknown."""
         return self.titles[self.item_index(item)]
@@ -156,13 +312,36 @@ class BBQRec:
         is_candidate: torch.Tensor,
     ) -> list[list[tuple[str, float]]]:
         batch = pack_histories(Histories.from_lists(histories, timestamps), self.max_length)
-        scores = self.model.score(batch.to(next(self.model.parameters()).device)).cpu()
-        scores[:, ~is_candidate] = -torch.inf
+        scores = self._score(batch.to(next(self.model.parameters()).device)).cpu()
         if not keep_history:
             for row, items in zip(scores, histories, strict=True):
                 row[items] = -torch.inf
+        candidates = is_candidate.nonzero()[:, 0]
+        if len(candidates) < len(is_candidate):  # the others are not there at all: they have no say in ties
+            scores = scores[:, candidates]
         best = scores.topk(k)
         return [
             [(self.item_ids[i], score) for i, score in zip(*row, strict=True) if score != -torch.inf]
-            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for row in zip(candidates[best.indices].tolist(), best.values.tolist(), strict=True)
         ]
+
+    def _score(self, batch: PackedBatch) -> torch.Tensor:
+        if isinstance(self.model, Tiger):
+            return self.model.score(batch)
+        if self._vectors is None or self._vectors.device != batch.items.device:
+            with torch.no_grad():
+                self._vectors = self.model.item_vectors()
+        return self.model.score(batch, self._vectors)
+
+
+def _read_new_items(
+    path: Path, modalities: tuple[str, ...]
+) -> tuple[list[str], list[str], torch.Tensor | None, torch.Tensor | None]:
+    """What `BBQRec.save_new_items` wrote: names, titles, and codes and features, where the model has them."""
+    table = pl.read_parquet(path)
+    codes = features = None
+    if modalities:
+        codes = torch.stack([torch.tensor(table[f"{CODES}{name}"].to_list()) for name in modalities], dim=1)
+    if "features" in table.columns:
+        features = torch.tensor(table["features"].to_list())
+    return table["item"].to_list(), table["title"].to_list(), codes, features

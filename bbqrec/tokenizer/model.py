@@ -6,6 +6,7 @@ Notation of the paper: for item `i` and modality `m`, features `x`, behaviour-al
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -215,19 +216,43 @@ class Tokenizer(nn.Module):
         return list(quantized[0].split(counts)) if len(groups) == 1 else quantized
 
 
-def standardize(feature: Features) -> tuple[Tensor, Tensor]:
-    """Centres present rows and scales them to one unit of variance per dimension on average; absent rows are zero.
+@dataclass(frozen=True, eq=False)
+class Standardization:
+    """Centres features and scales them to one unit of variance per dimension on average.
 
-    Returns values `(n_items, F)` float32 and `present` `(n_items,)` bool. Dimensions that are constant, up to the
-    resolution of float32, become zero.
+    Attributes:
+        mean: `(F,)` float64.
+        constant: `(F,)` bool, dimensions that are constant up to the resolution of float32: they become zero.
+        scale: what centred features are divided by.
     """
-    values, present = feature.values[feature.present].astype(np.float64), feature.present  # squares fit no float32
-    centred = values - values.mean(0)
-    centred[:, np.abs(centred).max(0) <= np.finfo(np.float32).eps * np.abs(values).max(0)] = 0
-    scale = np.sqrt(np.square(centred).mean())
-    standardized = np.zeros(feature.values.shape, np.float32)
-    standardized[present] = centred / (scale or 1)
-    return torch.from_numpy(standardized), torch.from_numpy(present.copy())
+
+    mean: np.ndarray
+    constant: np.ndarray
+    scale: float
+
+    @classmethod
+    def of(cls, feature: Features) -> Standardization:
+        """Of the items that have the modality."""
+        values = feature.values[feature.present].astype(np.float64)  # squares fit no float32
+        mean = values.mean(0)
+        centred = values - mean
+        constant = np.abs(centred).max(0) <= np.finfo(np.float32).eps * np.abs(values).max(0)
+        centred[:, constant] = 0
+        return cls(mean, constant, float(np.sqrt(np.square(centred).mean())) or 1.0)
+
+    def apply(self, values: np.ndarray, present: np.ndarray) -> Tensor:
+        """`(N, F)` to float32 of that shape; rows that are not `present` `(N,)` are zero."""
+        centred = values[present].astype(np.float64) - self.mean
+        centred[:, self.constant] = 0
+        standardized = np.zeros(values.shape, np.float32)
+        standardized[present] = centred / self.scale
+        return torch.from_numpy(standardized)
+
+
+def standardize(feature: Features) -> tuple[Tensor, Tensor]:
+    """Standardized values `(n_items, F)` float32, absent rows zero, and `present` `(n_items,)` bool."""
+    values = Standardization.of(feature).apply(feature.values, feature.present)
+    return values, torch.from_numpy(feature.present.copy())
 
 
 def encoder(width_in: int, hidden: int, width_out: int) -> nn.Sequential:

@@ -24,6 +24,7 @@ from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, joined, rank_and_world
+from bbqrec.tokenizer.item_encoder import model_features, save_preparation
 from bbqrec.tokenizer.model import Tokenizer, standardize
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -140,6 +141,8 @@ def _start(
     say = _quiet if progress is False or not is_first() else _say
     bars = is_first() and (sys.stderr.isatty() if progress is None else progress)
     if not run.finished:
+        if features:
+            first_does(lambda: save_preparation(run.folder, features))
         widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
         say(
             f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
@@ -289,11 +292,10 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
 
 
 def _features_of_model(job: _Job) -> torch.Tensor | None:
-    """All feature sets side by side, standardized, rows of about unit norm; None if the model reads none."""
+    """See `model_features`; None if the model reads none."""
     if not job.config.model.features:
         return None
-    values = torch.cat([standardize(feature)[0] for feature in job.features.values()], dim=1)
-    return values / values.shape[1] ** 0.5
+    return model_features([standardize(feature)[0] for feature in job.features.values()])
 
 
 def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
 config.yaml            every option of the run
-run.json               data set (name, path, fingerprint), versions, device, seconds and peak memory of all calls
+run.json               data set (name, path, fingerprint), versions, device, processes, seconds and peak memory
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
 tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
+features.parquet       how features are standardized, and words.parquet how texts become features: for items to come
+new_items.parquet      items that were added since, see `BBQRec.add_items` (absent without)
 model.safetensors      weights of the finished sequence model (absent while the run is unfinished)
 metrics.json           validation and test metrics, and those figures; written last
 curves.png, codebooks.png
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,10 +37,19 @@ from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
 from bbqrec.data.files import atomically
 from bbqrec.data.splits import Split, leave_one_out
-from bbqrec.evaluation.ranking import evaluate
+from bbqrec.data.text import WordVectors
+from bbqrec.evaluation.ranking import METRICS, evaluate
 from bbqrec.models.build import build_model
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
+from bbqrec.tokenizer.item_encoder import (
+    FEATURES,
+    TOKENIZER,
+    WORDS,
+    ItemEncoder,
+    read_encoders,
+    read_standardizations,
+)
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
 DAMAGE = (  # what reading a broken or foreign file raises
@@ -95,12 +106,24 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """`metrics.json` of a finished run."""
         self._require_finished()
-        return read_json(self.folder / "metrics.json", {"validation": (), "test": (), "most_popular": ()})
+        path, splits = self.folder / "metrics.json", ("validation", "test")
+        values = read_json(path, {"": ("candidates", "most_popular"), "most_popular": splits})
+        with damage_named(path):
+            for name, holder in (("", values), ("most_popular/", values["most_popular"])):
+                for split in splits:
+                    _require_numbers(holder.get(split), f"{name}{split}")
+        return values
 
     @property
     def tokenizer_figures(self) -> dict[str, Any]:
         """`tokenizer.json`, of a run with a finished tokenizer: see `SemanticIDs.figures`, `Tokenizer.fidelity`."""
-        return read_json(self.folder / "tokenizer.json", {"residual": (), "reconstruction": ()})
+        keys = ("usage", "perplexity", "collision_rate", "agreement")
+        return read_json(self.folder / "tokenizer.json", {"": keys, "residual": (), "reconstruction": ()})
+
+    @property
+    def has_data_given(self) -> bool:
+        """Whether it was opened with a data set; otherwise it reads that where it was."""
+        return self._data is not None
 
     @cached_property
     def data(self) -> Dataset:
@@ -133,8 +156,28 @@ class Run:
         """Codes of every item and the trained codebooks; None for a model without."""
         if not self.model.has_semantic_ids:
             return None
-        names = tuple(c.removeprefix(CODES) for c in self.items.columns if c.startswith(CODES))
-        return SemanticIDs(names, self.model.codes, self.model.codebooks.detach())
+        return SemanticIDs(self.modalities, self.model.codes, self.model.codebooks.detach())
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Of its semantic IDs."""
+        return tuple(c.removeprefix(CODES) for c in self.items.columns if c.startswith(CODES))
+
+    @cached_property
+    def item_encoder(self) -> ItemEncoder:
+        """For items that training did not know; of a run that uses features."""
+
+        def read(name: str, reader: Callable[..., Any], *arguments: Any) -> Any:
+            with damage_named(self.folder / name):
+                return reader(self.folder / name, *arguments)
+
+        standardizations = read(FEATURES, read_standardizations)
+        words = read(WORDS, WordVectors.load) if (self.folder / WORDS).is_file() else None
+        encoders = None
+        if self.config.model_name != "sasrec":
+            widths = [len(each.mean) for each in standardizations.values()]
+            encoders = read(TOKENIZER, read_encoders, widths, self.config.tokenizer)
+        return ItemEncoder(standardizations, words, encoders)
 
     def evaluate(self, split: str = "test", *, keep_history: bool = False) -> dict[str, float]:
         """Ranks all items for every user's held-out item.
@@ -191,14 +234,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, expected: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Reads a file of a run folder; `expected` are the mappings that it must hold, each with keys that these must."""
+    """Reads a file of a run folder; `expected` are the mappings that it must hold, each with keys that these must.
+
+    The name of the whole file is "".
+    """
     with damage_named(path):
         values = json.loads(path.read_text(encoding="utf-8"))
         for name, keys in expected.items():
-            for key in keys:
-                values[name][key]
-            values[name].items()
+            mapping = values.get(name) if name else values
+            if not isinstance(mapping, dict):
+                raise LookupError(f"{name or 'it'} is no mapping")
+            if missing := [key for key in keys if key not in mapping]:
+                raise LookupError(f"{name or 'it'} has no {missing[0]!r}")
     return values
+
+
+def _require_numbers(metrics: Any, name: str) -> None:
+    """Raises `LookupError` where the metrics of a split are not what `evaluate` returns."""
+    if not isinstance(metrics, dict):
+        raise LookupError(f"it has no {name!r}")
+    keys = ["users", *METRICS]
+    if metrics.get("cold/users"):
+        keys += [f"cold/{key}" for key in METRICS]
+    for key in keys:
+        if isinstance(metrics.get(key), bool) or not isinstance(metrics.get(key), (int, float)):
+            raise LookupError(f"{name} has no number {key!r}")
 
 
 @contextmanager

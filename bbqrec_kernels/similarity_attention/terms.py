@@ -197,10 +197,10 @@ def pack(codes: Tensor, codebook_size: int) -> PackedCodes:
     if not 1 <= codebook_size < 2**62:
         raise ValueError(f"codebook_size: got {codebook_size}, expected at least 1 and less than 2**62")
     codes = codes.long()
-    if codes.numel() and is_on_cpu_to_look_at(codes):
-        if (largest := int(codes.max())) >= codebook_size:
+    if is_on_cpu_to_look_at(codes):
+        if codes.numel() and (largest := int(codes.max())) >= codebook_size:
             raise ValueError(f"codes: got {largest}, expected codes below codebook_size={codebook_size}")
-    elif codes.numel():
+    else:  # where the number of tokens is data, as in torch.export, it cannot be asked for
         torch._assert_async((codes < codebook_size).all(), "codes: expected all codes below codebook_size")
     levels = codes.shape[-1]
     bits = (codebook_size + 1).bit_length()

@@ -26,7 +26,8 @@ def detect(folder: Path) -> bool:
 def read(folder: Path) -> Dataset:
     """Reads the format of this module. Raises `ValueError` naming the file and the line of the first fault."""
     columns = ("user", "item", "rating", "timestamp")
-    ratings = read_separated(folder / "ratings.dat", "::", columns).with_ids(*columns)
+    used = ("user", "item", "timestamp")
+    ratings = read_separated(folder / "ratings.dat", "::", columns, used).with_ids(*used)
     users, user_ids = encode(ratings["user"])
     movies_path = folder / "movies.dat"
     if movies_path.is_file():

@@ -33,35 +33,61 @@ def detect(folder: Path) -> bool:
 
 def read(folder: Path) -> Dataset:
     """Reads the format of this module. Raises `ValueError` naming the file and the row of the first fault."""
-    interactions_path, items_path = _table(folder, "interactions"), _table(folder, "items")
-    interactions = _read_table(interactions_path, ("user", "item"))
+    interactions = _read_table(_table(folder, "interactions"), ("user", "item"))
     users, user_ids = encode(interactions["user"])
+    items_path = _table(folder, "items")
     if items_path is None:
         items, item_ids = encode(interactions["item"])
         texts = {}
     else:
-        table = _read_table(items_path, ("item",))
-        item_ids = table["item"].to_list()
-        check_unique(item_ids, str(items_path))
-        columns = [c for c in table.columns if c != "item" and table[c].dtype == pl.String]
-        texts = {c: table[c].fill_null("").to_list() for c in columns}
+        item_ids, texts = read_items(items_path)
         items = interactions.listed("item", item_ids, items_path.name)
     return Dataset(
         name=folder.resolve().name,
         item_ids=item_ids,
         user_ids=user_ids,
         histories=Histories.from_interactions(users, items, interactions.timestamps("timestamp"), len(user_ids)),
-        features={path.stem: _read_features(path, item_ids) for path in sorted(folder.glob("features/*.npy"))},
+        features=read_features(folder, item_ids),
         texts=texts,
         path=folder,
     )
 
 
+def items_file(folder: Path) -> Path:
+    """`items.parquet|csv` of a folder, which need not hold interactions. Raises `ValueError` where there is none."""
+    path = _table(folder, "items")
+    if path is None:
+        raise ValueError(
+            f"data: {folder} holds no items.parquet or items.csv (columns item and texts); of another format, "
+            f"`bbqrec import {folder} NEW` makes a folder with one"
+        )
+    return path
+
+
+def read_items(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the items of a table, and their texts by column."""
+    table = _read_table(path, ("item",))
+    item_ids = table["item"].to_list()
+    check_unique(item_ids, str(path))
+    columns = [c for c in table.columns if c != "item" and table[c].dtype == pl.String]
+    return item_ids, {c: table[c].fill_null("").to_list() for c in columns}
+
+
+def check_lines(item_ids: list[str]) -> None:
+    """Raises `ValueError` where an item has a newline in its name: features name their items one a line."""
+    for row, item_id in enumerate(item_ids):
+        if "\n" in item_id or "\r" in item_id:
+            raise ValueError(f"item_ids: {item_id!r} in row {row + 1} (counted from 1) has a newline; rename the item")
+
+
+def read_features(folder: Path, item_ids: list[str]) -> dict[str, Features]:
+    """Every `features/<modality>.npy`, by modality."""
+    return {path.stem: _read_features(path, item_ids) for path in sorted(folder.glob("features/*.npy"))}
+
+
 def write(data: Dataset, folder: Path) -> None:
     """Writes `data` so that `read` gives it back, wholly or not at all. Raises `ValueError` as `Dataset.save` says."""
-    for row, item_id in enumerate(data.item_ids):
-        if "\n" in item_id or "\r" in item_id:  # features name their items one a line
-            raise ValueError(f"item_ids: {item_id!r} in row {row + 1} (counted from 1) has a newline; rename the item")
+    check_lines(data.item_ids)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: {folder} is not empty; give a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)

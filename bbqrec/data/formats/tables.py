@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+
+BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,9 @@ class Table:
             return None
         column = self[name]
         if column.dtype == pl.String:
-            parsed = min(_int64(column), _float64(column), _dates(column), key=pl.Series.null_count)
+            parsed = _int64(column)
+            if parsed.has_nulls():  # looking for dates takes longest
+                parsed = min(parsed, _float64(column), _dates(column), key=pl.Series.null_count)
         elif column.dtype in (pl.Date, pl.Datetime):
             parsed = column.cast(pl.Datetime("us")) if column.dtype == pl.Date else column
         elif column.dtype.is_numeric():
@@ -92,46 +97,76 @@ class Table:
         return parsed.to_numpy().copy()
 
 
-def read_separated(path: Path, separator: str, columns: Sequence[str] | None = None) -> Table:
+def read_separated(
+    path: Path, separator: str, columns: Sequence[str] | None = None, used: Sequence[str] | None = None
+) -> Table:
     """A text file with a row a line, all columns as strings; quotes mean nothing in it.
 
     Args:
         path: the file, in UTF-8, otherwise in Latin-1.
         separator: between columns; of any length.
         columns: their names; by default the first line says them.
+        used: those to keep; by default all.
 
     Raises `ValueError` if there are no rows, if a line has another number of columns than the others should have, or if
     two columns have one name.
     """
-    lines = read_lines(path)
-    if columns is None:
-        columns = lines[0].split(separator) if len(lines) else [""]
-        first_line, lines = 2, lines.slice(1)
-    else:
-        first_line = 1
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"{path}: two columns have the same name, got {', '.join(columns)}")
-    counts = lines.str.count_matches(separator, literal=True) + 1
-    wrong = counts != len(columns)
-    if wrong.any():
-        row = wrong.arg_max()
-        raise ValueError(
-            f"{path}: line {row + first_line} has {counts[row]} columns, expected {len(columns)} "
-            f"({separator!r} between)"
-        )
-    fields = lines.str.split_exact(separator, len(columns) - 1).struct.rename_fields(list(columns))
-    return Table(fields.struct.unnest(), path, first_line)
+    first_line, frames = 1, []
+    line = 1  # that the next block starts on
+    for lines in _blocks(path):
+        if columns is None:
+            columns = lines[0].split(separator)
+            first_line, line, lines = 2, 2, lines.slice(1)
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{path}: two columns have the same name, got {', '.join(columns)}")
+        counts = lines.str.count_matches(separator, literal=True) + 1
+        wrong = counts != len(columns)
+        if wrong.any():
+            row = wrong.arg_max()
+            raise ValueError(
+                f"{path}: line {row + line} has {counts[row]} columns, expected {len(columns)} ({separator!r} between)"
+            )
+        fields = lines.str.split_exact(separator, len(columns) - 1).struct.rename_fields(list(columns))
+        frame = fields.struct.unnest()
+        frames.append(frame if used is None else frame.select(used))
+        line += len(lines)
+    if not frames:
+        first_line = 1 if columns else 2  # nothing, not even a header
+        frames = [pl.DataFrame(schema=dict.fromkeys(used or columns or [""], pl.String))]
+    return Table(pl.concat(frames), path, first_line)
 
 
 def read_lines(path: Path) -> pl.Series:
     """The lines of a text file in UTF-8, otherwise in Latin-1, without the empty ones at its end."""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    text = text.replace("\r\n", "\n").rstrip("\n")
-    return pl.Series(text.split("\n") if text else [], dtype=pl.String)
+    return pl.concat([pl.Series([], dtype=pl.String), *_blocks(path)])
+
+
+def _blocks(path: Path) -> Iterator[pl.Series]:
+    """As `read_lines`, in blocks: what is made of a block is smaller than the text around it."""
+    encoding, empty = _encoding(path), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES) + file.readline():
+            text = block.decode(encoding).replace("\r\n", "\n")
+            encoding = encoding.removesuffix("-sig")  # such a mark is at the start of a file
+            kept = text.rstrip("\n")
+            if not kept:
+                empty += len(text)
+                continue
+            lines = pl.Series([kept], dtype=pl.String).str.split("\n").explode()
+            yield pl.concat([pl.Series([""] * empty, dtype=pl.String), lines])
+            empty = max(0, len(text) - len(kept) - 1)  # at the end of the file, or before another block
+
+
+def _encoding(path: Path) -> str:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while block := file.read(BLOCK_BYTES):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "latin-1"
+    return "utf-8-sig"
 
 
 def encode(column: pl.Series) -> tuple[np.ndarray, list[str]]:

@@ -55,7 +55,7 @@ app(["evaluate", "nowhere"])
     assert result.stdout.split() == [used]
 
 
-COMMANDS = ["import", "fit", "tokenize", "evaluate", "inspect", "recommend", "demo", "doctor"]
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -245,6 +245,67 @@ def test_inspect_leaves_out_what_does_not_apply(name, absent, request):
     assert "Recommended; held out is" in text
 
 
+def spoil_metrics(metrics, keys):
+    """A copy without one value."""
+    copy = json.loads(json.dumps(metrics))
+    holder = copy
+    for key in keys[:-1]:
+        holder = holder[key]
+    del holder[keys[-1]]
+    return copy
+
+
+METRIC_KEYS = [
+    *((split, key) for split in ("validation", "test") for key in ("users", *METRICS)),
+    *(("most_popular", split, key) for split in ("validation", "test") for key in ("users", *METRICS)),
+    ("candidates",),
+    ("validation",),
+    ("test",),
+    ("most_popular",),
+    ("most_popular", "test"),
+]
+
+
+def test_inspect_names_what_is_missing_in_the_metrics(sasrec_run, tmp_path):
+    run = shutil.copytree(sasrec_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    for keys in METRIC_KEYS:
+        (run / "metrics.json").write_text(json.dumps(spoil_metrics(sasrec_run.metrics, keys)))
+        result = call("inspect", run)
+        assert result.exit_code == 1, keys
+        assert "metrics.json: is damaged" in result.stderr
+        assert repr(keys[-1]) in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    cold = {**sasrec_run.metrics, "test": {**sasrec_run.metrics["test"], "cold/users": 3}}
+    (run / "metrics.json").write_text(json.dumps(cold))
+    assert "test has no number 'cold/recall@1'" in call("inspect", run).stderr
+
+
+@pytest.mark.parametrize("name", ["bbqrec_run", "sasrec_run", "tiger_run"])
+def test_inspect_without_the_data_set_says_what_it_leaves_out(name, request, tmp_path):
+    whole = request.getfixturevalue(name)
+    run = shutil.copytree(whole.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    source = json.loads((run / "run.json").read_text())
+    source["data"]["path"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(source))
+    facts = json.loads(succeed("inspect", run, "--json"))["facts"]
+    why = f"was made from {tmp_path / 'gone'}, which is gone; pass it"
+    assert why in facts.pop("left_out")
+    before = json.loads(succeed("inspect", whole.folder, "--json"))["facts"]
+    del before["examples"]
+    before["run"] |= {"users": None, "interactions": None}
+    assert facts == before
+    text = succeed("inspect", run, "--report", tmp_path / "page.html")
+    assert why in text
+    assert f"{facts['metrics']['test']['ndcg@10']:.4f}" in text
+    page = (tmp_path / "page.html").read_text()
+    assert why in page
+    assert 'id="examples"' not in page
+    assert "None" not in page.partition("</header>")[0]
+    given = call("inspect", run, "--data", whole.data.path)
+    assert given.exit_code == 0
+    assert "Recommended; held out is" in given.stdout
+
+
 def test_inspect_writes_the_page_anew(sasrec_run, tmp_path):
     run = shutil.copytree(sasrec_run.folder, tmp_path / "run")
     written = (run / "report.html").read_bytes()
@@ -342,8 +403,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(arguments, message, bbqrec_ru
         ("evaluate", "run.json", b"{", "run.json: is damaged"),
         ("evaluate", "run.json", b"{}", "run.json: is damaged"),
         ("inspect", "metrics.json", b"{}", "metrics.json: is damaged"),
+        ("inspect", "metrics.json", b"[]", "metrics.json: is damaged"),
         ("inspect", "metrics.json", None, "is unfinished; run `bbqrec fit` on it again"),
         ("inspect", "tokenizer.json", b"{}", "tokenizer.json: is damaged"),
+        ("inspect", "tokenizer.json", b'{"residual": {}, "reconstruction": {}}', "(LookupError: it has no 'usage')"),
         ("inspect", "semantic_ids.parquet", b"PAR1", "semantic_ids.parquet: is damaged"),
         ("fit", "metrics.json", b"{}", "metrics.json: is damaged"),
         ("fit", "run.json", b"[]", "run.json: is damaged"),
@@ -445,9 +508,77 @@ def test_an_interrupted_demo_starts_again(tmp_path, monkeypatch):
     assert list((tmp_path / "demo").iterdir()) == []
 
 
+# A call of each command that cannot work.
+FAILURES = {
+    "import": ["nowhere", "OUT"],
+    "embed": ["nowhere", "--text", "sentence-transformers:x"],
+    "fit": ["--data", "nowhere", "--out", "OUT"],
+    "tokenize": ["--data", "nowhere", "--out", "OUT"],
+    "evaluate": ["nowhere"],
+    "inspect": ["nowhere"],
+    "add-items": ["nowhere", "nowhere"],
+    "recommend": ["nowhere", "item"],
+    "export": ["nowhere", "OUT.pt2"],
+    "demo": ["--out", "FILE"],
+    "doctor": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_codes_are_those_of_the_help(command, tmp_path, monkeypatch):
+    assert "Exit codes: 0 done; 1 failed" in " ".join(succeed("--help").split())
+    wrong = call(command, "--no-such-option")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    (tmp_path / "file").write_text("")
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file", "OUT.pt2": tmp_path / "out.pt2"}
+    monkeypatch.setattr("bbqrec.cli.main._version", lambda name: None)  # doctor finds nothing installed
+    failed = call(command, *(places.get(argument, argument) for argument in FAILURES[command]))
+    assert failed.exit_code == 1, failed.exception
+    assert failed.stderr.startswith("Error: ")
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
 def test_wrong_usage_is_exit_code_2():
     assert call("fit").exit_code == 2
     assert call("fly").exit_code == 2
+
+
+def complete(line):
+    """What a shell is told that the last word of a line may become."""
+    environment = {**os.environ, "_BBQREC_COMPLETE": "complete_bash", "COMP_WORDS": line}
+    environment["COMP_CWORD"] = str(len(line.split()) - (not line.endswith(" ")))
+    code = "from bbqrec.cli.main import app; app(prog_name='bbqrec')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("bbqrec e", ["embed", "evaluate", "export"]),
+        ("bbqrec fit --model ", ["bbqrec", "sasrec", "tiger"]),
+        ("bbqrec fit --set tokenizer.ep", ["tokenizer.epochs="]),
+        ("bbqrec evaluate somewhere --split t", ["test"]),
+        ("bbqrec recommend somewhere --keep", ["--keep-history"]),
+    ],
+)
+def test_a_shell_completes(line, expected):
+    assert complete(line) == expected
+
+
+def test_the_shell_s_script_is_shown_and_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shells = {"bash": "complete -o default -F", "zsh": "compdef", "fish": "complete --command bbqrec"}
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # tests have no shell above them
+    code = "from bbqrec.cli.main import app; app(prog_name='bbqrec')"
+    for shell, words in shells.items():
+        done = subprocess.run([sys.executable, "-c", code, "--show-completion", shell], capture_output=True, text=True)
+        assert words in done.stdout, done
+        assert "_BBQREC_COMPLETE" in done.stdout
+    command = [sys.executable, "-c", code, "--install-completion", "bash"]
+    subprocess.run(command, capture_output=True, check=True)
+    assert any("_BBQREC_COMPLETE" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_demo(tmp_path, monkeypatch, tiny_config):
@@ -473,6 +604,7 @@ def test_demo(tmp_path, monkeypatch, tiny_config):
 def test_doctor(monkeypatch):
     text = succeed("doctor")
     assert "residual_quantize" in text
+    assert "extra [embed], for `bbqrec embed` only" in text
     assert "Ready" in text
     report = json.loads(succeed("doctor", "--json"))
     assert report["ready"] is True

@@ -9,6 +9,7 @@ import pytest
 
 from bbqrec.data import Dataset, Features, Histories
 from bbqrec.data.dataset import unknown_item
+from bbqrec.data.text import tfidf_svd
 
 
 def test_histories_index_slice_and_span():
@@ -141,7 +142,7 @@ def test_fingerprint_tells_all_contents_apart_and_nothing_else(tiny):
     ]
     prints = [tiny.fingerprint(), *(variant.fingerprint() for variant in variants)]
     assert len(set(prints)) == len(prints)
-    derived = Features(np.ones((4, 1), np.float32), np.ones(4, bool), derived=True)
+    derived = Features(np.ones((4, 1), np.float32), np.ones(4, bool), tfidf_svd(["a", "b", "c", "d"]).words)
     same = replace(tiny, name="x", features={"d": derived, **dict(reversed(tiny.features.items()))})
     assert same.fingerprint() == tiny.fingerprint()
 

@@ -3,6 +3,7 @@
 import pytest
 
 from bbqrec.data import Dataset
+from bbqrec.data.formats import tables
 
 
 @pytest.fixture
@@ -57,3 +58,20 @@ def test_faults_name_the_file_and_the_line(folder, name, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_blocks_end_anywhere(folder, monkeypatch):
+    expected = Dataset.load(folder).fingerprint()
+    path, lines = folder / "ratings.dat", ["1::20::5::30", "1::10::0.5::20", "2::10::3::5"]
+    for size in range(1, 60):
+        monkeypatch.setattr(tables, "BLOCK_BYTES", size)
+        path.write_bytes(("\r\n".join(lines) + "\r\n" * 5).encode("utf-8-sig"))
+        assert Dataset.load(folder).fingerprint() == expected
+        for wrong, message in (
+            ([*lines, "", "", "3::10::3::5", ""], "line 4 has 1 columns, expected 4"),
+            ([lines[0], "", *lines[1:]], "line 2 has 1 columns, expected 4"),
+            ([*lines, "3::10::3"], "line 4 has 3 columns, expected 4"),
+        ):
+            path.write_text("\n".join(wrong))
+            with pytest.raises(ValueError, match=message):
+                Dataset.load(folder)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bbqrec.data.text import tfidf_svd
+from bbqrec.data.text import WordVectors, tfidf_svd
 
 
 def test_items_with_common_words_are_near_and_absent_texts_are_absent():
@@ -30,3 +30,15 @@ def test_no_words_no_features():
 
 def test_a_single_item():
     assert tfidf_svd(["mug"]).present.tolist() == [True]
+
+
+def test_texts_to_come_are_treated_alike(tmp_path):
+    texts = ["red clay mug", "blue clay mug", "", "steel garden bench", "oak garden bench", "..."]
+    features = tfidf_svd(texts, width=3)
+    features.words.save(tmp_path / "words.parquet")
+    for words in (features.words, WordVectors.load(tmp_path / "words.parquet")):
+        values, present = words.encode([*texts, "a red clay bench", "unheard of"])
+        np.testing.assert_allclose(values[:6], features.values, atol=1e-6)
+        assert present.tolist() == [*features.present, True, False]
+        assert values.dtype == np.float32
+        assert values[6] @ features.values[0] > values[6] @ features.values[4] > 0.1

@@ -114,6 +114,23 @@ def test_the_ranker_sees_the_latest_items():
     assert recorder.seen == [2, 3, 4]
 
 
+def test_item_vectors_are_made_once():
+    class Maker(Table):
+        made = 0
+
+        def item_vectors(self):
+            self.made += 1
+            return self.made
+
+        def score(self, batch, vectors):
+            assert vectors == 1
+            return super().score(batch)
+
+    maker = Maker([[1.0] * 5] * 5)
+    evaluate(maker, heldout_of([[0], [4], [3]], [1, 1, 1]), 5, max_length=2, batch_users=1)
+    assert maker.made == 1
+
+
 def test_cold_targets_are_reported_apart():
     heldout = heldout_of([[0], [0], [0]], [1, 2, 3])
     scores = Table([[0.0, 3.0, 2.0, 1.0]] * 4)

@@ -59,6 +59,7 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
         "run.json",
         "tokenizer.safetensors",
         "tokenizer.json",
+        "features.parquet",
         "semantic_ids.parquet",
         "model.safetensors",
         "metrics.json",

@@ -146,6 +146,21 @@ def test_fields_hold_the_codes_and_two_sentinels(codebook_size: int) -> None:
     assert fields == [[0, codebook_size - 1, codebook_size], [0, codebook_size - 1, codebook_size + 1]]
 
 
+def test_packing_exports_where_the_number_of_tokens_is_data() -> None:
+    class Chosen(torch.nn.Module):
+        def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+            packed = pack(codes[(codes >= 0).all(-1).all(-1)], 5)
+            return packed.query, packed.key
+
+    codes = torch.tensor([[[0, 4]], [[-1, 3]], [[2, 2]]])
+    program = torch.export.export(Chosen(), (codes,)).module()
+    for given in (codes, codes.flip(0), codes.clamp_min(0), torch.full_like(codes, -1)):  # of the last, none is left
+        for found, expected in zip(program(given), Chosen()(given), strict=True):
+            assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="expected all codes below codebook_size"):
+        program(codes + 1)
+
+
 def test_packed_codes_serve_as_query_and_as_key() -> None:
     inputs = random_inputs(kinds=("prefix",), rows=5, columns=6)
     (left, right), table = inputs.compared[0], inputs.tensors["table0"]

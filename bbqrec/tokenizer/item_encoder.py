@@ -1,0 +1,161 @@
+"""`ItemEncoder`: what a finished run makes of items that it was not trained on.
+
+It reads, beside the weights of the tokenizer, what `save_preparation` writes:
+
+features.parquet   one row a modality: its name, and how its features are standardized
+words.parquet      one row a word, if the "text" features were made of texts: see `WordVectors`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bbqrec.config import TokenizerConfig
+from bbqrec.data.dataset import Features, check_finite
+from bbqrec.data.files import atomically
+from bbqrec.data.text import WordVectors
+from bbqrec.tokenizer.model import Standardization, encoder
+from bbqrec_kernels import residual_quantize
+
+FEATURES, WORDS, TOKENIZER = "features.parquet", "words.parquet", "tokenizer.safetensors"
+
+
+def save_preparation(folder: Path, features: dict[str, Features]) -> None:
+    """Writes how the feature sets that a run uses are prepared for its models."""
+    used = {name: Standardization.of(feature) for name, feature in features.items()}
+    columns = {
+        "modality": list(used),
+        "mean": [each.mean.tolist() for each in used.values()],
+        "constant": [each.constant.tolist() for each in used.values()],
+        "scale": [each.scale for each in used.values()],
+    }
+    atomically(folder / FEATURES, pl.DataFrame(columns).write_parquet)
+    for feature in features.values():
+        if feature.words is not None:
+            feature.words.save(folder / WORDS)
+
+
+def read_standardizations(path: Path) -> dict[str, Standardization]:
+    """What `save_preparation` wrote, by modality."""
+    return {
+        row["modality"]: Standardization(np.array(row["mean"]), np.array(row["constant"]), row["scale"])
+        for row in pl.read_parquet(path).iter_rows(named=True)
+    }
+
+
+def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> list[tuple[nn.Module, Tensor]]:
+    """Encoders of features of these widths out of a tokenizer's weights, each with its codebooks."""
+    state = load_file(path)
+    encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
+    prefix = "encoders."
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    encoders.load_state_dict(own)
+    books = [0 if config.shared_codebooks else m for m in range(len(widths))]
+    return [(each, state[f"quantizers.{book}.codebooks"]) for each, book in zip(encoders, books, strict=True)]
+
+
+def model_features(standardized: list[Tensor]) -> Tensor:
+    """What `model.features` reads: all feature sets `(N, F)` side by side, rows of about unit norm."""
+    values = torch.cat(standardized, dim=1)
+    return values / values.shape[1] ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedItems:
+    """N items as the models read them.
+
+    Attributes:
+        codes: `(N, M, L)` int64, -1 where an item lacks the modality; None of a run without semantic IDs.
+        features: `(N, F)` float32, see `model_features`.
+        present: `(N, M)` bool.
+    """
+
+    codes: Tensor | None
+    features: Tensor
+    present: np.ndarray
+
+
+class ItemEncoder:
+    """Turns features of items, or their texts where the run's features were made of texts, into `EncodedItems`.
+
+    Args:
+        standardizations: of the run's feature sets, by modality.
+        words: what made its "text" features, None where they were given.
+        encoders: of the tokenizer, with the codebooks `(L, K, d)` of each modality; None of a run without semantic IDs.
+    """
+
+    def __init__(
+        self,
+        standardizations: dict[str, Standardization],
+        words: WordVectors | None,
+        encoders: list[tuple[nn.Module, Tensor]] | None,
+    ):
+        self.standardizations = standardizations
+        self.words = words
+        self.encoders = encoders
+
+    @torch.no_grad()
+    def encode(self, n: int, features: Mapping[str, np.ndarray], texts: list[str] | None) -> EncodedItems:
+        """Encodes n items.
+
+        Args:
+            features: by modality `(n, F)`, as in the data set that the run was made from; a row of NaN, or a modality
+                that is not there, says that an item lacks it.
+            texts: one an item, if the run's "text" features were made of texts.
+
+        Raises:
+            ValueError: a modality, a shape or a value does not fit, or texts cannot be read.
+        """
+        values, present = {}, {}
+        for name, rows in features.items():
+            values[name], present[name] = self._given(n, name, rows)
+        if texts is not None:
+            values["text"], present["text"] = self._from_texts(n, features, texts)
+        standardized, masks, codes = [], [], []
+        for m, (name, preparation) in enumerate(self.standardizations.items()):
+            mask = present.get(name, np.zeros(n, bool))
+            x = preparation.apply(values.get(name, np.zeros((n, len(preparation.mean)), np.float32)), mask)
+            standardized.append(x)
+            masks.append(mask)
+            if self.encoders is not None:
+                behaviour_aligned, codebooks = self.encoders[m]
+                found = residual_quantize(behaviour_aligned(x), codebooks).codes
+                codes.append(found.masked_fill(~torch.from_numpy(mask)[:, None], -1))
+        return EncodedItems(torch.stack(codes, 1) if codes else None, model_features(standardized), np.stack(masks, 1))
+
+    def _given(self, n: int, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if name not in self.standardizations:
+            known = ", ".join(map(repr, self.standardizations))
+            raise ValueError(f"features: got {name!r}, expected feature sets that the run uses: {known}")
+        rows, width = np.asarray(rows), len(self.standardizations[name].mean)
+        if rows.shape != (n, width) or rows.dtype.kind not in "fiu":
+            raise ValueError(
+                f"features[{name!r}]: got {rows.dtype} of shape {rows.shape}, expected numbers of shape ({n}, {width})"
+            )
+        rows = rows.astype(np.float32)
+        present = ~np.isnan(rows).all(1)
+        rows = np.where(present[:, None], rows, 0)
+        check_finite(rows, f"features[{name!r}]")
+        return rows, present
+
+    def _from_texts(self, n: int, features: Mapping[str, np.ndarray], texts: list[str]) -> tuple:
+        if "text" not in self.standardizations:
+            raise ValueError("texts: got some, but the run uses no 'text' features; leave them out")
+        if self.words is None:
+            raise ValueError(
+                "texts: got some, but the run's 'text' features were made elsewhere; give features={'text': ...} that "
+                "the same model made of them"
+            )
+        if "text" in features:
+            raise ValueError("texts: got some, and 'text' features as well; give one of them")
+        if len(texts) != n:
+            raise ValueError(f"texts: got {len(texts)}, expected {n} (one for each item)")
+        return self.words.encode(list(texts))

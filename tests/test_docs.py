@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -39,8 +40,9 @@ def is_of_the_recommender(code: str) -> bool:
 
 
 def commands(code: str) -> list[str]:
-    """Arguments of `bbqrec` in a block of shell commands; `demo` takes minutes."""
-    return [line.strip() for line in re.findall(r"^bbqrec ((?!demo)[^#\n]*)", code, re.MULTILINE)]
+    """Arguments of `bbqrec` in a block; `demo` takes minutes, `embed` downloads, and the third changes a shell."""
+    left_out = "demo|embed|--install-completion"
+    return [line.strip() for line in re.findall(rf"^bbqrec ((?!{left_out})[^#\n]*)", code, re.MULTILINE)]
 
 
 def uses_the_recommender(page: Path) -> bool:
@@ -54,11 +56,18 @@ def names_of_options() -> list[str]:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small data set `shop` that the examples speak of, in the current folder; training ends after one epoch."""
+    """The small data set `shop` that the examples speak of, and `new-items`; training ends after one epoch."""
     fit = pytest.importorskip("bbqrec.training.fit")
     from bbqrec.data.demo import make_demo_dataset
 
-    make_demo_dataset(n_users=150, n_items=60).save(tmp_path / "shop")
+    data = make_demo_dataset(n_users=150, n_items=60)
+    data.save(tmp_path / "shop")
+    new = tmp_path / "new-items"
+    (new / "features").mkdir(parents=True)
+    (new / "items.csv").write_text("item\nnew-a\nnew-b\n")
+    for name, feature in data.features.items():
+        np.save(new / "features" / f"{name}.npy", feature.values[:2])
+        (new / "features" / f"{name}.items.txt").write_text("new-a\nnew-b\n")
     monkeypatch.chdir(tmp_path)
     stage = fit.Stage
     monkeypatch.setattr(fit, "Stage", lambda folder, name, epochs, *patience: stage(folder, name, 1, *patience))

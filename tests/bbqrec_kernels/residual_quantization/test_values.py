@@ -229,6 +229,14 @@ def test_tie_takes_the_lowest_code(impl: str, dtype: torch.dtype, size: int) -> 
     assert not residual_quantize(x, codebooks, impl=impl).codes.any()
 
 
+@pytest.mark.parametrize("size", [15, 31, 62, 63, 127, 254, 255])
+def test_short_rows_choose_no_word_behind_the_last(impl: str, size: int) -> None:
+    """Codebooks that lack a word or two of a tile: what fills it up is nearer to zero than any codeword."""
+    generator = torch.Generator().manual_seed(size)
+    x, codebooks = 0.01 * torch.randn(40, 17, generator=generator), torch.randn(2, size, 17, generator=generator)
+    rq.assert_codes(residual_quantize(x, codebooks, impl=impl).codes, x, codebooks)
+
+
 FOR_EACH_IMPL = [HealthCheck.function_scoped_fixture]  # the fixture holds for all examples
 
 

@@ -451,6 +451,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(sasrec_run, tiny_data, tiny_co
             fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
     checkpoints = folder / "checkpoints" / "sequence_model"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert all(torch.load(path, weights_only=True)["epoch"] == 0 for path in checkpoints.iterdir())
     (checkpoints / ".last.ckpt.killed").write_bytes(b"what a kill in the middle of writing leaves")
     resumed = fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
     assert resumed.metrics == sasrec_run.metrics

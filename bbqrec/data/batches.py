@@ -27,6 +27,7 @@ class PackedBatch:
         cu_seqlens: `(B + 1,)` int32; sequence `b` is `items[cu_seqlens[b] : cu_seqlens[b + 1]]`.
         max_seqlen: length of the longest sequence.
         targets: `(T,)` int64, the item that follows at each position, or None outside training.
+        users: `(B,)` int64, the history that each sequence is of, or None outside training.
     """
 
     items: Tensor
@@ -35,6 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     targets: Tensor | None = None
+    users: Tensor | None = None
 
     @property
     def last(self) -> Tensor:
@@ -114,7 +116,8 @@ class TrainingBatches(IterableDataset):
             windows = order[bounds[k] : bounds[k + 1]]
             starts, stops = self.starts[windows], self.stops[windows]
             inputs = self.histories.spans(starts, stops)
-            yield _pack(inputs, targets=self.histories.spans(starts + 1, stops + 1).items)
+            users = np.searchsorted(self.histories.offsets, starts, side="right") - 1
+            yield _pack(inputs, self.histories.spans(starts + 1, stops + 1).items, users)
 
     def _inputs(self, histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         return _windows(histories, max_length)
@@ -162,7 +165,7 @@ def _bounds(lengths: np.ndarray, n_batches: int) -> np.ndarray:
     return np.append(bounds, len(lengths))
 
 
-def _pack(histories: Histories, targets: np.ndarray | None = None) -> PackedBatch:
+def _pack(histories: Histories, targets: np.ndarray | None = None, users: np.ndarray | None = None) -> PackedBatch:
     lengths = histories.lengths
     positions = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], lengths)
     return PackedBatch(
@@ -172,6 +175,7 @@ def _pack(histories: Histories, targets: np.ndarray | None = None) -> PackedBatc
         cu_seqlens=torch.from_numpy(histories.offsets.astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
         targets=None if targets is None else torch.from_numpy(targets),
+        users=None if users is None else torch.from_numpy(users),
     )
 
 

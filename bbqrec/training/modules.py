@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -16,10 +18,16 @@ from bbqrec.processes import rank_and_world, summed
 from bbqrec.tokenizer.model import Tokenizer
 
 VALIDATION_METRIC = "validation/ndcg@10"
+USERS_NAMED = 10  # of a batch that training stops at
 
 
 class EpochSeeded(L.LightningModule):
-    """Draws all randomness of an epoch from (seed, epoch), so that a resumed run repeats an undisturbed one."""
+    """Draws all randomness of an epoch from (seed, epoch), so that a resumed run repeats an undisturbed one.
+
+    It stops at a loss, or at weights after an epoch, that are not finite: no checkpoint ever has such weights.
+    """
+
+    learning_rate_option: str
 
     def __init__(self, seed: int, batches: TrainingBatches):
         super().__init__()
@@ -38,6 +46,29 @@ class EpochSeeded(L.LightningModule):
         options |= {"on_step": False, "on_epoch": True, "sync_dist": rank_and_world()[1] > 1}
         self.log_dict(values, batch_size=len(batch.items), **options)
 
+    def check_loss(self, loss: Tensor, batch: PackedBatch) -> None:
+        """Raises `ValueError` if the loss is not finite: before the optimizer spoils the weights with it."""
+        if loss.isfinite():
+            return
+        users = [] if batch.users is None else batch.users.unique().tolist()
+        shown = ", ".join(map(str, users[:USERS_NAMED])) or "unknown"
+        more = f" and {len(users) - USERS_NAMED} more" if len(users) > USERS_NAMED else ""
+        what = f"loss is {loss.item()} in step {self.global_step + 1} (users number {shown}{more}, counted from 0)"
+        raise ValueError(self._diverged(what))
+
+    def on_train_epoch_end(self) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.parameters()):
+            raise ValueError(self._diverged("weights are not finite"))
+
+    def _diverged(self, what: str) -> str:
+        keepers = self.trainer.checkpoint_callbacks
+        latest = Path(keepers[-1].dirpath) / "last.ckpt" if keepers else None
+        good = f"the last good checkpoint is {latest}" if latest and latest.is_file() else "there is no checkpoint yet"
+        return (
+            f"training: diverged in epoch {self.current_epoch + 1}, {what}; {good}; "
+            f"lower {self.learning_rate_option} and choose another folder"
+        )
+
 
 class TokenizerModule(EpochSeeded):
     """Minimizes the tokenizer's losses; the CLUB estimators have an optimizer of their own.
@@ -45,6 +76,8 @@ class TokenizerModule(EpochSeeded):
     With several processes gradients are the means of theirs, contrasts compare within a process, and codebooks follow
     the rows of all.
     """
+
+    learning_rate_option = "tokenizer.learning_rate"
 
     def __init__(self, tokenizer: Tokenizer, config: Config, batches: TrainingBatches):
         super().__init__(config.training.seed, batches)
@@ -61,11 +94,13 @@ class TokenizerModule(EpochSeeded):
         items = self._items_of_step(batch)
         if estimator_optimizer:
             estimator_loss = self.tokenizer.estimator_loss(items)
+            self.check_loss(estimator_loss, batch)
             estimator_optimizer[0].zero_grad()
             self.manual_backward(estimator_loss)
             estimator_optimizer[0].step()
         losses = self.tokenizer.losses(items, batch)
         total = sum(losses.values())
+        self.check_loss(total, batch)
         optimizer.zero_grad()
         self.manual_backward(total)
         optimizer.step()
@@ -115,6 +150,8 @@ class SequenceModule(EpochSeeded):
     With several processes a step is one over the transitions of all their batches together.
     """
 
+    learning_rate_option = "training.learning_rate"
+
     def __init__(
         self, model: SequenceModel | Tiger, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
     ):
@@ -126,6 +163,7 @@ class SequenceModule(EpochSeeded):
 
     def training_step(self, batch: PackedBatch, _: int) -> Tensor:
         loss = self.model.loss(batch)
+        self.check_loss(loss, batch)
         self.log_epoch({"train/loss": loss.detach()}, batch, prog_bar=True)
         return loss * self._share(batch)
 
@@ -138,11 +176,7 @@ class SequenceModule(EpochSeeded):
         return count * world / summed(count)
 
     def on_train_epoch_end(self) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise ValueError(
-                f"training: diverged in epoch {self.current_epoch + 1}, weights are not finite; "
-                "lower training.learning_rate and choose another folder"
-            )
+        super().on_train_epoch_end()
         self.model.eval()
         metrics = evaluate(self.model, self.validation, self.n_items, max_length=self.config.model.max_length)
         self.model.train()

@@ -15,8 +15,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from bbqrec.data.files import atomically
 from bbqrec.processes import local_world, rank_and_world
 from bbqrec.training.modules import VALIDATION_METRIC
 from bbqrec.training.run import damage_named
@@ -67,6 +69,7 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
             **_processes(module),
             max_epochs=stage.epochs,
             callbacks=callbacks,
+            plugins=[_AtomicCheckpoints()],
             logger=[csv, tensorboard],
             enable_progress_bar=bars,
             enable_model_summary=False,
@@ -91,6 +94,22 @@ def _processes(module: L.LightningModule) -> dict[str, Any]:
     strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=not module.automatic_optimization)
     nodes, here = world // local_world(), local_world()
     return {"devices": here, "num_nodes": nodes, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class _AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside the former checkpoint and then replaces it.
+
+    Lightning's own writes in the folder for temporary files, often on another disk: moving it from there is a copy,
+    and who is killed in the middle of it has half a checkpoint and no former one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        del storage_options
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*"):  # by a call that was killed while it wrote
+            left.unlink()
+        atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 class _Patience(EarlyStopping):

@@ -16,6 +16,7 @@ Other columns are not read. In CSV every column of the items counts as text.
 from __future__ import annotations
 
 import tempfile
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -139,16 +140,18 @@ def _read_features(path: Path, item_ids: list[str]) -> Features:
         raise ValueError(f"{path}: {names_path.name} is missing beside it; it names the item of each row, one a line")
     names = _read_lines(names_path)
     try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: is no NumPy array of numbers ({error}); write it with numpy.save") from None
+        # mapped, a header that claims more than the file has is refused before anything is allocated
+        values = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as error:  # NumPy parses the header
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: is no NumPy array of numbers ({reason}); write it with numpy.save") from None
     if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.shape[1]:
         raise ValueError(f"{path}: got {values.dtype} of shape {values.shape}, expected numbers of shape (rows, width)")
     if len(values) != len(names):
         raise ValueError(
             f"{path}: got {len(values)} rows, expected {len(names)} (one for each line of {names_path.name})"
         )
-    values = values.astype(np.float32)
+    values = np.array(values, np.float32)
     check_finite(values, str(path))
     known = set(item_ids)
     names = [name if name in known else name.strip(" \t") for name in names]

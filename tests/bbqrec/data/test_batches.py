@@ -58,6 +58,7 @@ def numbered(lengths: list[int]) -> Histories:
 @given(lengths_of_histories, st.integers(1, 9), st.integers(1, 60), st.integers(0, 3))
 def test_every_transition_is_trained_once_an_epoch(lengths, max_length, batch_tokens, epoch):
     histories = numbered(lengths)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
     batches = TrainingBatches(histories, max_length, batch_tokens, seed=0)
     batches.set_epoch(epoch)
     produced = list(batches)
@@ -69,6 +70,7 @@ def test_every_transition_is_trained_once_an_epoch(lengths, max_length, batch_to
         assert batch.max_seqlen == max(map(len, inputs)) <= max_length
         assert batch.positions.tolist() == [p for items in inputs for p in range(len(items))]
         assert torch.equal(batch.timestamps, batch.items * 10)
+        assert batch.users.tolist() == [owners[items[0]] for items in inputs]
         for items, following in zip(inputs, targets, strict=True):
             assert items == list(range(items[0], items[0] + len(items)))
             assert following == [item + 1 for item in items]

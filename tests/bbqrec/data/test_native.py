@@ -1,10 +1,13 @@
 """The native format: what is read, the round trip, and every fault in the files."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset
 
@@ -227,3 +230,55 @@ def test_faults_name_the_file_and_the_row(folder, spoil, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(2**60, 4), (2**62, 2**62), (10**9, 64), (10**30, 1)])
+def test_features_of_absurd_shape_are_refused_before_allocation(folder, shape, monkeypatch):
+    path = next(folder.glob("features/*.npy"))
+    path.write_bytes(npy_header(shape) + bytes(64))
+    monkeypatch.setattr(np, "fromfile", None)  # what allocates as the header says
+    with pytest.raises(ValueError, match=r"\.npy: is no NumPy array of numbers"):
+        Dataset.load(folder)
+
+
+def test_truncated_features_are_named(folder):
+    path = next(folder.glob("features/*.npy"))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"\.npy: is no NumPy array of numbers"):
+            Dataset.load(folder)
+
+
+def test_features_that_are_an_archive_are_named(folder):
+    path = next(folder.glob("features/*.npy"))
+    with path.open("wb") as file:
+        np.savez(file, np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"\.npy: is no NumPy array of numbers"):
+        Dataset.load(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_features_with_bytes_flipped_load_or_are_refused(folder, data):
+    path = folder / "features" / "mutated.npy"
+    whole = bytearray(next(p for p in folder.glob("features/*.npy") if p != path).read_bytes())
+    names = next(p for p in folder.glob("features/*.items.txt") if p.name != "mutated.items.txt")
+    path.with_suffix(".items.txt").write_bytes(names.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(whole))
+    try:
+        features = Dataset.load(folder).features["mutated"]
+    except ValueError as refused:
+        message = str(refused)
+    else:
+        message = "mutated.npy: " * bool(np.isfinite(features.values).all())
+    assert "mutated.npy: " in message
+    assert "\n" not in message

@@ -1,5 +1,6 @@
 """`fit`: the run folder, resuming, refusing, silence."""
 
+import errno
 import json
 import logging
 import os
@@ -397,15 +398,66 @@ def test_seconds_are_of_all_calls(tiny_data, tiny_config, tmp_path):
 
 
 def test_divergence_is_named(tiny_data, tiny_config, tmp_path, monkeypatch):
-    step = SequenceModule.training_step
+    ended = SequenceModule.on_train_epoch_end
+
+    def diverge(self):
+        self.model.item_id.data[3] = torch.nan
+        ended(self)
+
+    monkeypatch.setattr(SequenceModule, "on_train_epoch_end", diverge)
+    with pytest.raises(ValueError, match=r"epoch 1, weights are not finite; there is no .* training\.learning_rate"):
+        fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "option"),
+    [(TokenizerModule, "tokenizer", "tokenizer"), (SequenceModule, "sequence_model", "training")],
+)
+def test_a_loss_that_is_no_number_stops_training(module, stage, option, tiny_data, tiny_config, tmp_path, monkeypatch):
+    step, seen = module.training_step, []
 
     def diverge(self, batch, index):
-        self.model.item_id.data[3] = torch.nan
+        seen.append(batch)
+        if self.current_epoch == 1:
+            next(self.parameters()).data.fill_(torch.nan)
         return step(self, batch, index)
 
-    monkeypatch.setattr(SequenceModule, "training_step", diverge)
-    with pytest.raises(ValueError, match=r"training: diverged in epoch 1, .* lower training\.learning_rate"):
-        fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config, progress=False)
+    folder = tmp_path / "run"
+    monkeypatch.setattr(module, "training_step", diverge)
+    with pytest.raises(ValueError, match="diverged in epoch 2, loss is nan") as error:
+        fit(tiny_data, folder, config=tiny_config, progress=False)
+    users = ", ".join(map(str, seen[-1].users.unique().tolist()[:10]))
+    assert f" (users number {users}" in str(error.value)
+    assert " in step " in str(error.value)
+    latest = folder / "checkpoints" / stage / "last.ckpt"
+    assert f"the last good checkpoint is {latest}; lower {option}.learning_rate" in str(error.value)
+    weights = torch.load(latest, weights_only=True)["state_dict"].values()
+    assert all(value.isfinite().all() for value in weights if value.is_floating_point())
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(sasrec_run, tiny_data, tiny_config, tmp_path, monkeypatch):
+    save, folder, writes = torch.save, tmp_path / "run", []
+
+    def full(checkpoint, path):
+        writes.append(path)
+        if len(writes) > 2:  # best.ckpt and last.ckpt of the first epoch
+            with open(path, "wb") as file:
+                file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        save(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
+    checkpoints = folder / "checkpoints" / "sequence_model"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert all(torch.load(path, weights_only=True)["epoch"] == 0 for path in checkpoints.iterdir())
+    (checkpoints / ".last.ckpt.killed").write_bytes(b"what a kill in the middle of writing leaves")
+    resumed = fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
+    assert resumed.metrics == sasrec_run.metrics
+    assert same_weights(resumed, sasrec_run)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 def test_codebooks_of_their_own_are_not_compared(tiny_data, tiny_config, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Time and memory of each step, for generated catalogues that grow: each in a process of its own.
 
-    python tools/scale.py --csv docs/results/scale.csv [--items 10000 100000 1000000] [--interactions-per-item 10]
+    python tools/scale.py --csv docs/results/scale/NAME.csv [--items 10000 100000 1000000] [--interactions-per-item 10]
 
 Popularity falls as 1 / rank, users have 10 interactions on average, and every item has one text vector of 64 numbers.
 One row a catalogue and step:

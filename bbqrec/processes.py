@@ -31,7 +31,7 @@ def local_world() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Joins the processes that `torchrun` started, with NCCL where there are GPUs and gloo otherwise.
 
     Does nothing where there is one process, or where they have joined already: whoever joins first leaves last.

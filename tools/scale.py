@@ -98,7 +98,7 @@ def tokenizer(folder: Path) -> tuple[float, int]:
     optimizers = module.configure_optimizers()
 
     def step(batch) -> None:
-        items = module._items_of_step(batch)
+        items = module.items_of_step(batch)
         losses = made.estimator_loss, lambda items: sum(made.losses(items, batch).values())
         for optimizer, loss in zip(reversed(optimizers), losses, strict=True):
             optimizer.zero_grad()

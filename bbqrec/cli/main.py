@@ -173,10 +173,10 @@ def fit(
     """Train a model and write its run folder; resumes an unfinished one."""
     from bbqrec import Config
     from bbqrec import fit as fit_run
-    from bbqrec.processes import is_first, joined
+    from bbqrec.processes import is_first, together
 
     options = (Config.load(config) if config else Config()).override(assignments or [])
-    with joined():
+    with together():
         run = fit_run(data, out, model=model, config=options)
         if not is_first():
             return
@@ -202,10 +202,10 @@ def tokenize(
     """Make the semantic IDs of a data set, without a recommender yet, and say how good they are."""
     from bbqrec import Config
     from bbqrec import tokenize as tokenize_data
-    from bbqrec.processes import is_first, joined
+    from bbqrec.processes import is_first, together
 
     options = (Config.load(config) if config else Config()).override(assignments or [])
-    with joined():
+    with together():
         run = tokenize_data(data, out, model=model, config=options)
         if not is_first():
             return

@@ -41,7 +41,10 @@ def evaluate(
     batch_users: int | None = None,
     train_items: np.ndarray | Collection[int] | None = None,
 ) -> dict[str, float]:
-    """Ranks all items for every user of `heldout`; where several processes train together, each for some of them.
+    """Ranks all items for every user of `heldout`.
+
+    Where several processes train together (see `bbqrec.processes`), all have to call it: each ranks for some users, and
+    all get the metrics of all.
 
     Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
     A tie counts against the target.

@@ -23,7 +23,7 @@ from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
-from bbqrec.processes import first_does, is_first, joined, rank_and_world
+from bbqrec.processes import first_does, is_first, rank_and_world, together
 from bbqrec.tokenizer.item_encoder import model_features, save_preparation
 from bbqrec.tokenizer.model import Tokenizer, standardize
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
@@ -62,7 +62,7 @@ def fit(
         ValueError: the data cannot be used, `out` holds another run, or the options do not fit the data.
         KeyboardInterrupt: interrupted; call again to resume.
     """
-    with joined():
+    with together():
         job = _start(data, out, model, config, progress)
         if job.run.finished:
             return job.run
@@ -94,7 +94,7 @@ def tokenize(
     name = model or (config or Config()).model_name
     if name == "sasrec":
         raise ValueError(f"model: got {name!r}, which has no semantic IDs; expected another")
-    with joined():
+    with together():
         job = _start(data, out, model, config, progress)
         if not job.run.finished:
             with _costs_recorded(job.run):
@@ -282,7 +282,7 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
-    if getattr(model, "samples", False):
+    if isinstance(model, SequenceModel) and model.samples:
         job.say(f"sequence model: softmax over {job.config.model.sampled_items:,} items drawn each step")
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
     best = train(module, stage, bars=job.bars)

@@ -91,7 +91,7 @@ class TokenizerModule(EpochSeeded):
 
     def training_step(self, batch: PackedBatch, _: int) -> None:
         optimizer, *estimator_optimizer = self._optimizers()
-        items = self._items_of_step(batch)
+        items = self.items_of_step(batch)
         if estimator_optimizer:
             estimator_loss = self.tokenizer.estimator_loss(items)
             self.check_loss(estimator_loss, batch)
@@ -134,7 +134,7 @@ class TokenizerModule(EpochSeeded):
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
-    def _items_of_step(self, batch: PackedBatch) -> Tensor:
+    def items_of_step(self, batch: PackedBatch) -> Tensor:
         """The items of the batch, filled up with random others, so that content nobody bought is learned too."""
         n_items = self.tokenizer.behaviour.num_embeddings
         own = torch.cat([batch.items, batch.targets]).unique()

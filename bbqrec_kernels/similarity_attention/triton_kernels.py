@@ -1649,8 +1649,8 @@ def _is_heavy(channels: tuple[tuple, ...]) -> bool:
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
 _Tiles = dict[tuple[int, bool], tuple[int, int, int, int]]
 
-# By the hundreds of the architecture, as in sm_90: others have its tiles, but for those named. Least instructions a
-# score, with no spills on sm_90, and few elsewhere, where operands of tensor cores take registers.
+# By major version of the architecture, 9 of sm_90: others have the tiles of 9, but for those named. They cost the least
+# instructions a score, with no spills on sm_90, and few elsewhere, where operands of tensor cores take registers.
 _FORWARD: dict[int, _Tiles] = {
     9: {
         (64, False): (64, 64, 4, 3),
@@ -1692,8 +1692,8 @@ _BACKWARD_KEYS: dict[int, _Tiles] = {
 def _constants(tiles: dict[int, _Tiles], width: int, dtype: torch.dtype, architecture: int) -> Constants:
     is_float32 = dtype == torch.float32
     block_width = max(16, triton.next_power_of_2(width))
-    family = architecture // 10 if architecture // 10 in (9, 10) else 8  # that of workstations, 12, is like 8
-    rows, keys, warps, stages = (tiles[9] | tiles.get(family, {}))[max(64, block_width), is_float32]
+    major = architecture // 10 if architecture // 10 in (9, 10) else 8  # 12, of workstations, has tensor cores like 8
+    rows, keys, warps, stages = (tiles[9] | tiles.get(major, {}))[max(64, block_width), is_float32]
     return {
         "EXACT": is_float32,
         "WIDTH": width,
@@ -1735,7 +1735,7 @@ def sums_of(channels: tuple[tuple, ...]) -> list[tuple[int, int]]:
 
 
 def _architecture(device: torch.device) -> int:
-    """As in sm_90; the interpreter takes the tiles of that."""
+    """Of a GPU, 90 of sm_90; the interpreter takes the tiles of that."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 

@@ -37,14 +37,14 @@ import torch
 from torch import distributed
 from bbqrec import Config, fit
 from bbqrec.evaluation.ranking import evaluate
-from bbqrec.processes import joined, rank_and_world
+from bbqrec.processes import rank_and_world, together
 from bbqrec.tokenizer.model import Tokenizer
 
 moved = []
 revive = Tokenizer.revive_codewords
 Tokenizer.revive_codewords = lambda self: moved.append(revive(self)) or moved[-1]
 data, out, model, options = sys.argv[1:]
-with joined():
+with together():
     run = fit(data, out, model=model, config=Config().override(json.loads(options)), progress=False)
     mine = {**run.model.state_dict(), **{f"moved {i}": torch.cat(m) for i, m in enumerate(moved)}}
     mine = {name: value.double().sum().item() for name, value in mine.items()}
@@ -66,7 +66,7 @@ from bbqrec import Config, Dataset
 from bbqrec.data.batches import TrainingBatches
 from bbqrec.data.splits import leave_one_out
 from bbqrec.models.build import build_model
-from bbqrec.processes import is_first, joined, rank_and_world
+from bbqrec.processes import is_first, together
 from bbqrec.training.modules import SequenceModule
 from bbqrec.training.trainer import Stage, train
 
@@ -78,7 +78,7 @@ class Descent(SequenceModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-with joined():
+with together():
     config = Config().override(options)
     split = leave_one_out(data)
     batches = TrainingBatches(split.train, 12, tokens, seed=0)
@@ -100,7 +100,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def launch(processes: int, code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = Path(arguments[1]).parent / f"{abs(hash(code))}.py"
+    script = Path(arguments[1]).parent / "script.py"
     script.write_text(code)
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],

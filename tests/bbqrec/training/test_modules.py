@@ -18,13 +18,13 @@ def module(tiny_data, tiny_config):
 
 def test_items_of_a_step_are_the_batchs_and_random_others(module, training_batch, tiny_data):
     batch = training_batch([3, 9, 3, 5], [40, 2])
-    items = module._items_of_step(batch)
+    items = module.items_of_step(batch)
     assert {2, 3, 5, 9, 40} <= set(items.tolist())
     assert len(items) == len(items.unique()) == 32
     assert torch.equal(items, items.sort().values)
-    assert not torch.equal(items, module._items_of_step(batch))
+    assert not torch.equal(items, module.items_of_step(batch))
     module.config = module.config.model_copy(update={"batch_items": 10_000})
-    assert module._items_of_step(batch).tolist() == list(range(tiny_data.n_items))
+    assert module.items_of_step(batch).tolist() == list(range(tiny_data.n_items))
 
 
 def test_every_parameter_has_one_optimizer(module):

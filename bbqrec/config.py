@@ -64,7 +64,12 @@ class ModelConfig(Section):
     item_id: bool = Field(True, description="add an embedding of the item's own ID to its content")
     content: bool = Field(True, description="add what the item's semantic ID decodes to, so that content is seen")
     features: bool = Field(
-        False, description="add a learned linear map of the item's features as they are; with SASRec: content, no codes"
+        False,
+        description="add a learned linear map of the item's features; true for bbqrec. With SASRec: content, no codes",
+    )
+    similarity_output: bool = Field(
+        True,
+        description="with features: score also by how like the history's an item's are, as much as validation likes it",
     )
     reweighting: bool = Field(True, description="bias attention by the similarity of semantic IDs")
     cross_modal: bool = Field(True, description="compare text of one item with images of another as well")
@@ -92,6 +97,7 @@ class TrainingConfig(Section):
 
 # Where a model's defaults are others than the fields': of the options that nobody set.
 DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
+    "bbqrec": {"model": {"features": True}},
     "tiger": {
         "tokenizer": {
             "levels": 3,
@@ -192,6 +198,8 @@ class Config(Section):
         idle = set(NOT_READ[self.model_name])
         if not self.model.cosine_output:
             idle.add("output_scale")
+        if not self.model.features:
+            idle.add("similarity_output")
         given = self.model.model_dump(exclude_unset=True)
         idle_given = {
             key: value for key, value in given.items() if key in idle and value != self._default("model", key)

@@ -29,12 +29,16 @@ class ItemKNN(nn.Module):
 
     def score(self, batch: PackedBatch) -> Tensor:
         """`(B, n_items)` float32."""
-        lengths = batch.cu_seqlens.diff().long()
-        history = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        age = (batch.last[history] - torch.arange(len(history), device=lengths.device)).float()
-        profile = self.rows.new_zeros(len(lengths), self.rows.shape[1])
-        profile.index_add_(0, history, self.rows[batch.items] * (self.decay**age)[:, None])
-        return profile @ self.rows.T
+        return history_profiles(batch, self.rows, self.decay) @ self.rows.T
+
+
+def history_profiles(batch: PackedBatch, rows: Tensor, decay: float | Tensor) -> Tensor:
+    """`Σ_k decay^k rows[x_k]` of each history, `(B, F)`: `k` counts its items from the latest, 0, backwards."""
+    token = torch.arange(batch.items.shape[0], device=batch.items.device)
+    history = torch.bucketize(token, batch.cu_seqlens[1:].long(), right=True)
+    age = (batch.last[history] - token).float()
+    profiles = rows.new_zeros(batch.last.shape[0], rows.shape[1])
+    return profiles.index_add(0, history, rows[batch.items] * (decay**age)[:, None])
 
 
 def _unit_rows(feature: Features) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
+from bbqrec.models.item_knn import history_profiles
 from bbqrec.models.losses import catalogue_cross_entropy, sampled_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
@@ -28,6 +29,10 @@ class SequenceModel(nn.Module):
     other; and `gap` terms: how far apart two items are, in places and in time. Every layer has tables of its own, which
     start at zero: that is plain attention. With `cosine_output`, logits are `output_scale · cos(h_t, e_j)`. With
     `sampled_items` fewer than there are, training compares with a sample of the catalogue.
+
+    With `similarity_output`, scores get `similarity_weight · Σ_i similarity_decay^age(i) x_i · x_j` over the history's
+    items i, the latest of age 0. Training knows nothing of it, as it would find that transitions learned by heart need
+    no such help: both are 0 until they are chosen on histories that were held out.
 
     Args:
         n_items: size of the catalogue.
@@ -57,6 +62,8 @@ class SequenceModel(nn.Module):
         if config.features:
             self.of_features = nn.Linear(features.shape[1], config.dim, bias=False)
             nn.init.normal_(self.of_features.weight, std=config.dim**-0.5)  # vectors as long as those of IDs
+        for name in ("similarity_weight", "similarity_decay"):
+            self.register_buffer(name, torch.zeros(()) if config.features and config.similarity_output else None)
         self.transformer = CausalTransformer(config.dim, config.layers, config.heads, config.dropout, config.max_length)
         self.has_semantic_ids, self.has_content = semantic_ids is not None, has_content
         self.tables = self.position_tables = self.time_tables = None
@@ -132,7 +139,18 @@ class SequenceModel(nn.Module):
         """Scores `(B, n_items)` of the item that follows each history; `vectors` as in `forward`."""
         vectors = self.item_vectors() if vectors is None else vectors
         hidden, vectors = self.compared(self(batch, vectors)[batch.last], vectors)
-        return self.products(hidden, vectors)
+        scores = self.products(hidden, vectors)
+        return scores + self.similarity(batch) if self.adds_similarity else scores
+
+    @property
+    def adds_similarity(self) -> bool:
+        """Whether scores are not those of the hidden states alone."""
+        return self.similarity_weight is not None and bool(self.similarity_weight > 0)
+
+    def similarity(self, batch: PackedBatch) -> Tensor:
+        """What `similarity_output` adds to the scores `(B, n_items)`."""
+        profiles = history_profiles(batch, self.features, self.similarity_decay)
+        return self.similarity_weight * self.products(profiles, self.features)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -152,7 +170,7 @@ class SequenceModel(nn.Module):
         return weights[0], weights[1]
 
     def products(self, hidden: Tensor, vectors: Tensor) -> Tensor:
-        """`hidden (B, dim)` with `vectors (n_items, dim)`: `(B, n_items)`, added items apart as in `item_vectors`."""
+        """`hidden (B, d)` with `vectors (n_items, d)`: `(B, n_items)`, added items apart as in `item_vectors`."""
         if not self.n_added:
             return hidden @ vectors.T
         return torch.cat([hidden @ part.T for part in vectors.tensor_split([self.n_trained])], dim=1)

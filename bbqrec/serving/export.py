@@ -29,7 +29,7 @@ from bbqrec.data.files import atomically
 from bbqrec.models.sequence_model import SequenceModel
 
 ABOUT = "about.json"
-OF_ITEM_VECTORS = ("item_id", "features", "of_features", "content", "codebooks")  # of a model: not needed after them
+OF_ITEM_VECTORS = ("item_id", "of_features", "content", "codebooks")  # of a model: not needed after them
 
 
 class Program(nn.Module):
@@ -48,7 +48,8 @@ class Program(nn.Module):
         with torch.no_grad():
             vectors = model.item_vectors().cpu()
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-        for name in OF_ITEM_VECTORS:
+        self.adds_similarity = self.model.adds_similarity
+        for name in OF_ITEM_VECTORS if self.adds_similarity else (*OF_ITEM_VECTORS, "features"):
             if hasattr(self.model, name):
                 setattr(self.model, name, None)
         self.register_buffer("vectors", vectors)
@@ -80,6 +81,8 @@ class Program(nn.Module):
         )
         hidden, _ = self.model.compared(self.model(batch, self.vectors)[batch.last], self.vectors[:0])
         scores = self.model.products(hidden, self.vectors if self.compared is None else self.compared)
+        if self.adds_similarity:
+            scores = scores + self.model.similarity(batch)
         if not self.keep_history:
             # Where there is no item, another one of the row: that is excluded anyway.
             excluded = torch.where(is_item, histories, histories.amax(1, keepdim=True))

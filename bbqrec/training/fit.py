@@ -33,6 +33,9 @@ from bbqrec.training.run import Run, damage_named, device, save_model, save_weig
 from bbqrec.training.trainer import Stage, train
 from bbqrec_kernels.similarity_attention.api import MAX_HEAD_SIZE
 
+SIMILARITY_WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # tried in turn while they help
+SIMILARITY_DECAYS = (0.7, 0.5, 0.9)  # the first one with all of them, the others with the best
+
 
 def fit(
     data: Dataset | str | Path,
@@ -288,7 +291,35 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     best = train(module, stage, bars=job.bars)
     module.load_state_dict(best["state_dict"])
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
-    return model.cpu().eval()
+    model = model.cpu().eval()
+    if isinstance(model, SequenceModel) and model.similarity_weight is not None:
+        _choose_similarity(job, model)
+    return model
+
+
+def _choose_similarity(job: _Job, model: SequenceModel) -> None:
+    """Sets how much likeness to the history counts: what ranks the validation targets best, nothing if none helps."""
+
+    def found(weight: float, decay: float) -> float:
+        model.similarity_weight.fill_(weight)
+        model.similarity_decay.fill_(decay)
+        max_length = job.config.model.max_length
+        return evaluate(model, job.split.validation, job.data.n_items, max_length=max_length)["ndcg@10"]
+
+    decay = SIMILARITY_DECAYS[0]
+    chosen = (0.0, decay)
+    without = best = found(*chosen)
+    for weight in SIMILARITY_WEIGHTS:
+        if (metric := found(weight, decay)) <= best:
+            break
+        best, chosen = metric, (weight, decay)
+    for decay in SIMILARITY_DECAYS[1:] if chosen[0] else ():
+        if (metric := found(chosen[0], decay)) > best:
+            best, chosen = metric, (chosen[0], decay)
+    model.similarity_weight.fill_(chosen[0])
+    model.similarity_decay.fill_(chosen[1])
+    job.say(f"similarity to the history: weight {chosen[0]:g}, validation ndcg@10 {without:.4f} without", end=" ")
+    job.say(f"and {best:.4f} with it")
 
 
 def _features_of_model(job: _Job) -> torch.Tensor | None:

@@ -84,6 +84,33 @@ def test_features_are_added_to_item_vectors(training_batch):
     assert ranker.of_features.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"cosine_output": True}])
+@pytest.mark.parametrize("added", [0, 2])
+def test_scores_are_raised_by_how_like_the_history_features_are(added, options):
+    features = torch.randn(N_ITEMS + added, 5)
+    plain, ranker = (model(features=features[:N_ITEMS], **options) for _ in range(2))
+    for each in (plain, ranker):
+        each.add_items(semantic_ids().codes[:added], features[N_ITEMS:])
+    ranker.similarity_weight.fill_(2)
+    ranker.similarity_decay.fill_(0.7)
+    assert ranker.adds_similarity
+    assert not plain.adds_similarity
+    expected = plain.score(packed(*HISTORIES))
+    for row, history in zip(expected, HISTORIES, strict=True):
+        for age, item in enumerate(reversed(history)):
+            row += 2 * 0.7**age * (features @ features[item])
+    torch.testing.assert_close(ranker.score(packed(*HISTORIES)), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"features": None}, {"features": torch.randn(N_ITEMS, 5), "similarity_output": False}]
+)
+def test_without_features_or_by_choice_there_is_no_similarity(options):
+    ranker = model(**options)
+    assert not ranker.adds_similarity
+    assert not [name for name in ranker.state_dict() if name.startswith("similarity")]
+
+
 def test_features_alone_are_vectors_enough():
     options = ModelConfig(dim=16, max_length=12, features=True, item_id=False)
     ranker = SequenceModel(N_ITEMS, options, None, torch.eye(N_ITEMS))

@@ -79,7 +79,7 @@ def test_a_copy_of_a_popular_item_is_recommended_where_that_one_is(content_run, 
         items = [item for item, _ in row]
         if name in items[:9]:
             assert abs(items.index("copy") - items.index(name)) <= len(same_codes(model, popular, alike)) + 1
-            assert dict(row)["copy"] == pytest.approx(dict(row)[name], rel=1e-5)
+            assert dict(row)["copy"] == pytest.approx(dict(row)[name], rel=1e-3)
             found += 1
     assert found > times / 2 > 10
 

@@ -8,6 +8,8 @@ from bbqrec.data import PrefixBatches, TrainingBatches, leave_one_out
 from bbqrec.data.demo import make_demo_dataset
 from bbqrec.models import SequenceModel, Tiger
 from bbqrec.tokenizer import Tokenizer
+from bbqrec.tokenizer.item_encoder import model_features
+from bbqrec.tokenizer.model import standardize
 
 REPEATS = 10
 
@@ -37,6 +39,10 @@ def gradients_of(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def features_of(data):
+    return model_features([standardize(feature)[0] for feature in data.features.values()])
+
+
 def check(model, loss):
     first = gradients_of(model, loss)
     assert first
@@ -60,13 +66,15 @@ def test_tokenizer(tokenizer, batch):
 
 @pytest.mark.parametrize("with_ids", [True, False], ids=["bbqrec", "sasrec"])
 def test_sequence_model(tokenizer, data, batch, with_ids):
-    model = SequenceModel(data.n_items, Config().model, tokenizer.semantic_ids() if with_ids else None).eval()
+    semantic_ids, features = (tokenizer.semantic_ids(), features_of(data)) if with_ids else (None, None)
+    config = Config(model_name="bbqrec" if with_ids else "sasrec").model
+    model = SequenceModel(data.n_items, config, semantic_ids, features).eval()
     check(model, lambda: model.loss(batch))
 
 
 def test_sampled_softmax(tokenizer, data, batch):
     config = Config().override({"model.sampled_items": data.n_items // 2}).model
-    model = SequenceModel(data.n_items, config, tokenizer.semantic_ids()).eval()
+    model = SequenceModel(data.n_items, config, tokenizer.semantic_ids(), features_of(data)).eval()
 
     def loss():
         torch.manual_seed(0)

@@ -24,6 +24,7 @@ from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.model import Tokenizer
+from bbqrec.training.fit import SIMILARITY_DECAYS, SIMILARITY_WEIGHTS
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -48,9 +49,9 @@ def throw():
     raise Stop
 
 
-def same_weights(a, b):
+def same_weights(a, b, but=()):
     left, right = a.model.state_dict(), b.model.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left if name not in but)
 
 
 def test_run_folder(bbqrec_run, tiny_data, tiny_config):
@@ -141,10 +142,44 @@ def test_metrics_are_those_of_the_saved_model(bbqrec_run, split):
 def test_the_best_and_the_latest_epoch_are_kept(bbqrec_run):
     log = read_log(bbqrec_run.folder / "logs" / "sequence_model")
     assert log["epoch"].to_list() == list(range(len(log)))
-    assert bbqrec_run.metrics["validation"]["ndcg@10"] == pytest.approx(log["validation/ndcg@10"].max(), rel=1e-6)
+    run = Run(bbqrec_run.folder, bbqrec_run.data)
+    run.model.similarity_weight.fill_(0)  # which is chosen later
+    assert run.evaluate("validation")["ndcg@10"] == pytest.approx(log["validation/ndcg@10"].max(), rel=1e-6)
     checkpoints = bbqrec_run.folder / "checkpoints" / "sequence_model"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] == log["epoch"][-1]
     assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == log["validation/ndcg@10"].arg_max()
+
+
+def test_as_much_similarity_as_is_best_on_validation(bbqrec_run):
+    run = Run(bbqrec_run.folder, bbqrec_run.data)
+    weight, decay = run.model.similarity_weight.item(), run.model.similarity_decay.item()
+    assert weight in SIMILARITY_WEIGHTS  # the demo's items are alike in kinds, so 0 is not the best
+    assert round(decay, 6) in SIMILARITY_DECAYS
+
+    def metric(weight, decay):
+        run.model.similarity_weight.fill_(weight)
+        run.model.similarity_decay.fill_(decay)
+        return run.evaluate("validation")["ndcg@10"]
+
+    best = metric(weight, decay)
+    assert best == run.metrics["validation"]["ndcg@10"] > metric(0, decay)
+    others = [(w, SIMILARITY_DECAYS[0]) for w in SIMILARITY_WEIGHTS if w < weight]
+    others += [(weight, d) for d in SIMILARITY_DECAYS]
+    assert all(best >= metric(*other) for other in others)
+
+
+def test_similarity_that_does_not_help_is_left_out(tiny_data, tiny_config, tmp_path):
+    noise = {
+        name: replace(each, values=np.random.default_rng(0).standard_normal(each.values.shape).astype(np.float32))
+        for name, each in tiny_data.features.items()
+    }
+    histories = Histories.from_lists([[(start + i) % 60 for i in range(8)] for start in range(150)])  # learned by heart
+    config = tiny_config.override({"model.features": True, "training.learning_rate": 0.02, "training.epochs": 15})
+    data = replace(tiny_data, features=noise, histories=histories)
+    run = fit(data, tmp_path / "run", model="sasrec", config=config, progress=False)
+    assert run.model.similarity_weight == 0
+    assert not run.model.adds_similarity
+    assert run.metrics["validation"]["ndcg@10"] > 0.9
 
 
 def test_the_best_epoch_is_returned_and_not_the_last(tiny_data, tiny_config, tmp_path):
@@ -171,7 +206,7 @@ def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path
     left, right = (load_file(run.folder / "tokenizer.safetensors") for run in (a, b))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert same_weights(a, b)
+    assert same_weights(a, b, but=("similarity_weight", "similarity_decay"))  # chosen on validation
     popular = [MostPopular(run.split.train, tiny_data.n_items).counts for run in (a, b)]
     assert torch.equal(*popular)
     assert a.metrics["test"] != b.metrics["test"]  # the targets are others
@@ -204,7 +239,7 @@ def test_options_change_the_result(option, model, tiny_data, tiny_config, tmp_pa
         (["model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
         (["model.dim=514"], r"model\.dim: got 514, expected at most 512"),
         (["tokenizer.dim=15"], r"tokenizer\.dim: got 15, expected a multiple of 2"),
-        (["model.item_id=false", "model.content=false"], r"model\.item_id: got false"),
+        (["model.item_id=false", "model.content=false", "model.features=false"], r"model\.item_id: got false"),
         (["model_name=sasrec", "model.item_id=false"], r"model\.item_id: got false"),
         (["model_name=tiger", "model.reweighting=true"], r"model\.reweighting=True .* do nothing with model 'tiger'"),
         (["model_name=tiger", "model.heads=3"], r"model\.dim: got 16, expected a multiple of 3 \(model\.heads\)"),
@@ -642,6 +677,7 @@ def test_a_normal_run_says_little(tiny_data, tiny_config, tmp_path, capfd, caplo
         tiny_data.name,
         "tokenizer",
         "sequence model",
+        "similarity to the history",
         "test",
     ]
     fit(tiny_data, tmp_path / "silent", config=config, progress=False)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import polars as pl
+from scipy import stats
 
 from bbqrec import Config, Dataset, fit
 from bbqrec.config import ModelConfig
@@ -91,7 +92,7 @@ def markdown(rows: pl.DataFrame) -> str:
 
 
 def table_of(files: list[Path]) -> str:
-    """One line a data set, model and set of options: means over seeds, on the test split."""
+    """One line a data set, model and set of options: means over seeds, on the test split; see `paired`."""
     head = [
         "data",
         "model",
@@ -99,6 +100,7 @@ def table_of(files: list[Path]) -> str:
         "seeds",
         "Recall@10",
         "NDCG@10",
+        "over BBQRec",
         "validation NDCG@10",
         "minutes",
         "peak memory, MB",
@@ -106,11 +108,13 @@ def table_of(files: list[Path]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for path in files:
         rows = pl.read_csv(path).fill_null("")
+        bbqrec = rows.filter(model="bbqrec", options="", split="test")
         for model, title in TITLES.items():
             for (options,), chosen in rows.filter(model=model).group_by("options", maintain_order=True):
                 test, validation = chosen.filter(split="test"), chosen.filter(split="validation")
                 cells = [chosen["data"][0], title, f"`{options}`" if options else "", str(len(test))]
-                cells += [_mean(test["recall@10"]), _mean(test["ndcg@10"]), _mean(validation["ndcg@10"])]
+                cells += [_mean(test["recall@10"]), _mean(test["ndcg@10"]), paired(test, bbqrec)]
+                cells += [_mean(validation["ndcg@10"])]
                 cells += (
                     ["", ""]
                     if model in UNTRAINED
@@ -118,6 +122,19 @@ def table_of(files: list[Path]) -> str:
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def paired(rows: pl.DataFrame, others: pl.DataFrame) -> str:
+    """Mean difference of NDCG@10 between runs of the same seeds, with the half width of its 95 % interval (Student).
+
+    Empty for the same runs, and for fewer than two seeds in common.
+    """
+    both = rows.join(others, on="seed", suffix=" of others")
+    if len(both) < 2 or rows.equals(others):
+        return ""
+    differences = both["ndcg@10"] - both["ndcg@10 of others"]
+    half = stats.t.ppf(0.975, len(both) - 1) * differences.std() / len(both) ** 0.5
+    return f"{differences.mean():+.4f} (± {half:.4f})".replace("0.", ".")
 
 
 def _git(*arguments: str) -> str:

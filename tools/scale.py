@@ -173,13 +173,17 @@ def _model(folder: Path, config):
 
     from bbqrec import Dataset
     from bbqrec.models.sequence_model import SequenceModel
+    from bbqrec.tokenizer.item_encoder import catalogue_features
     from bbqrec.tokenizer.semantic_ids import SemanticIDs
 
     torch.manual_seed(0)
     data, options = Dataset.load(folder), config.tokenizer
     found = torch.randint(options.codebook_size, (data.n_items, 1, options.levels))
     books = torch.randn(1, options.levels, options.codebook_size, options.dim)
-    return SequenceModel(data.n_items, config.model, SemanticIDs(("text",), found, books)), data
+    ids, features = SemanticIDs(("text",), found, books), catalogue_features(data.features)
+    model = SequenceModel(data.n_items, config.model, ids, features)
+    model.similarity_weight.fill_(1)
+    return model, data
 
 
 def _batches(data, tokens: int):

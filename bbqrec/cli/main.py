@@ -546,6 +546,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
     for split in ("validation", "test"):
         rows |= {split: metrics[split], f"{split}, most popular": metrics["most_popular"][split]}
     _print_metrics(rows, metrics["candidates"].rpartition(", ")[2])
+    if added := run["similarity"]:
+        typer.echo(f"Scores add similarity to the history: weight {added['weight']:g}, decay {added['decay']:g}\n")
     for stage, columns in facts["curves"].items():
         rows = [{"": name, "first": f"{ys[0]:.4f}", "last": f"{ys[-1]:.4f}"} for name, ys in _logged(columns).items()]
         _print_table(f"{stage.replace('_', ' ').capitalize()}, {len(columns['epoch'])} epochs", rows)

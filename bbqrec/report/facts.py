@@ -86,7 +86,15 @@ def _run(run: Run, data: Dataset | None) -> dict[str, Any]:
         "peak_memory_mb": recorded.get("peak_memory_mb"),
         "device": recorded.get("device"),
         "versions": recorded["versions"],
+        "similarity": _similarity(run.model),
     }
+
+
+def _similarity(model: SequenceModel | Tiger) -> dict[str, float] | None:
+    """What `model.similarity_output` came to; None where scores are without."""
+    if isinstance(model, Tiger) or not model.adds_similarity:
+        return None
+    return {"weight": round(model.similarity_weight.item(), 6), "decay": round(model.similarity_decay.item(), 6)}
 
 
 def _curves(run: Run) -> dict[str, dict[str, list]]:

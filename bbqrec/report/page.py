@@ -83,9 +83,16 @@ def _metrics(facts: dict[str, Any]) -> str:
                     rows.append([f"{split}: {name}{suffix}", f"{values[prefix + 'users']:,}", *numbers])
     has_cold = any("cold targets" in row[0] for row in rows)
     cold = " Cold targets are held-out items that training never saw." if has_cold else ""
+    similarity = ""
+    if added := facts["run"]["similarity"]:
+        similarity = (
+            f" Scores add how like the history's items an item's features are, {added['weight']:g} times, each item "
+            f"further back {added['decay']:g} times as much; validation chose both, after the curves below."
+        )
     return _paragraph(
         f"The last item of each user is the test, the last but one the validation; ranked are {metrics['candidates']}."
         + cold
+        + similarity
     ) + _table("Metrics", ["", "users", *METRICS], rows, style="named")
 
 

@@ -22,7 +22,7 @@ from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features, check_finite
 from bbqrec.data.files import atomically
 from bbqrec.data.text import WordVectors
-from bbqrec.tokenizer.model import Standardization, encoder
+from bbqrec.tokenizer.model import Standardization, encoder, standardize
 from bbqrec_kernels import residual_quantize
 
 FEATURES, WORDS, TOKENIZER = "features.parquet", "words.parquet", "tokenizer.safetensors"
@@ -66,6 +66,11 @@ def model_features(standardized: list[Tensor]) -> Tensor:
     """What `model.features` reads: all feature sets `(N, F)` side by side, rows of about unit norm."""
     values = torch.cat(standardized, dim=1)
     return values / values.shape[1] ** 0.5
+
+
+def catalogue_features(features: Mapping[str, Features]) -> Tensor:
+    """`model_features` of the items that training knows."""
+    return model_features([standardize(feature)[0] for feature in features.values()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
-from bbqrec.tokenizer.item_encoder import model_features, save_preparation
-from bbqrec.tokenizer.model import Tokenizer, standardize
+from bbqrec.tokenizer.item_encoder import catalogue_features, save_preparation
+from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
 from bbqrec.training.modules import SequenceModule, TokenizerModule
@@ -323,10 +323,10 @@ def _choose_similarity(job: _Job, model: SequenceModel) -> None:
 
 
 def _features_of_model(job: _Job) -> torch.Tensor | None:
-    """See `model_features`; None if the model reads none."""
+    """See `catalogue_features`; None if the model reads none."""
     if not job.config.model.features:
         return None
-    return model_features([standardize(feature)[0] for feature in job.features.values()])
+    return catalogue_features(job.features)
 
 
 def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:

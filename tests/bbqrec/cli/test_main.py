@@ -220,6 +220,8 @@ def test_inspect_shows_the_facts(bbqrec_run, tmp_path):
     for split in ("validation", "test"):
         assert f"{facts['metrics'][split]['ndcg@10']:.4f}" in text
         assert f"{facts['metrics']['most_popular'][split]['ndcg@10']:.4f}" in text
+    weight, decay = bbqrec_run.model.similarity_weight.item(), bbqrec_run.model.similarity_decay.item()
+    assert f"similarity to the history: weight {weight:g}, decay {round(decay, 6):g}\n" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["1", str(facts["collisions"]["sizes"][0][1]), str(facts["collisions"]["sizes"][0][1])] in lines
     for n, table in enumerate(facts["reweighting"]):
@@ -237,7 +239,11 @@ def test_inspect_shows_the_facts(bbqrec_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "absent"), [("sasrec_run", ["Codebooks", "semantic IDs", "reweighted"]), ("tiger_run", ["attention"])]
+    ("name", "absent"),
+    [
+        ("sasrec_run", ["Codebooks", "semantic IDs", "reweighted", "similarity"]),
+        ("tiger_run", ["attention", "similarity"]),
+    ],
 )
 def test_inspect_leaves_out_what_does_not_apply(name, absent, request):
     text = succeed("inspect", request.getfixturevalue(name).folder)

@@ -54,6 +54,7 @@ def test_head(found, bbqrec_run, tiny_data):
     assert found["run"]["items"] == tiny_data.n_items
     assert found["run"]["interactions"] == len(tiny_data.histories.items)
     assert found["run"]["seconds"] == bbqrec_run.facts["seconds"]
+    assert found["run"]["similarity"]["weight"] == bbqrec_run.model.similarity_weight
     assert found["metrics"] == bbqrec_run.metrics
 
 

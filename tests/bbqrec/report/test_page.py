@@ -131,6 +131,12 @@ def test_numbers_on_the_page(bbqrec_run):
         assert f"{value:.1f}" in cells
 
 
+def test_the_similarity_in_the_scores_is_told_where_there_is_some(bbqrec_run, sasrec_run):
+    told = f"{bbqrec_run.model.similarity_weight.item():g} times, each item further back"
+    assert told in " ".join(text_of(bbqrec_run).split())
+    assert "further back" not in text_of(sasrec_run)
+
+
 def test_weights_are_shown_as_factors():
     assert page._weight(0.0).text == "×1.00"
     assert page._weight(0.6931471805599453).text == "×2.00"

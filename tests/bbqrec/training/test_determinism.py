@@ -8,8 +8,7 @@ from bbqrec.data import PrefixBatches, TrainingBatches, leave_one_out
 from bbqrec.data.demo import make_demo_dataset
 from bbqrec.models import SequenceModel, Tiger
 from bbqrec.tokenizer import Tokenizer
-from bbqrec.tokenizer.item_encoder import model_features
-from bbqrec.tokenizer.model import standardize
+from bbqrec.tokenizer.item_encoder import catalogue_features
 
 REPEATS = 10
 
@@ -39,10 +38,6 @@ def gradients_of(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def features_of(data):
-    return model_features([standardize(feature)[0] for feature in data.features.values()])
-
-
 def check(model, loss):
     first = gradients_of(model, loss)
     assert first
@@ -66,7 +61,7 @@ def test_tokenizer(tokenizer, batch):
 
 @pytest.mark.parametrize("with_ids", [True, False], ids=["bbqrec", "sasrec"])
 def test_sequence_model(tokenizer, data, batch, with_ids):
-    semantic_ids, features = (tokenizer.semantic_ids(), features_of(data)) if with_ids else (None, None)
+    semantic_ids, features = (tokenizer.semantic_ids(), catalogue_features(data.features)) if with_ids else (None, None)
     config = Config(model_name="bbqrec" if with_ids else "sasrec").model
     model = SequenceModel(data.n_items, config, semantic_ids, features).eval()
     check(model, lambda: model.loss(batch))
@@ -74,7 +69,7 @@ def test_sequence_model(tokenizer, data, batch, with_ids):
 
 def test_sampled_softmax(tokenizer, data, batch):
     config = Config().override({"model.sampled_items": data.n_items // 2}).model
-    model = SequenceModel(data.n_items, config, tokenizer.semantic_ids(), features_of(data)).eval()
+    model = SequenceModel(data.n_items, config, tokenizer.semantic_ids(), catalogue_features(data.features)).eval()
 
     def loss():
         torch.manual_seed(0)

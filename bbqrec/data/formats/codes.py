@@ -10,6 +10,8 @@ before differs, because all items share a level's codebook.
 
 from __future__ import annotations
 
+import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +19,20 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec.data.dataset import Features
+
+_DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
+_UNREADABLE = (  # what a broken or hostile file raises; NumPy parses headers as Python
+    ValueError,
+    EOFError,
+    OverflowError,
+    SyntaxError,
+    NotImplementedError,  # a way of packing that zipfile does not know
+    RuntimeError,  # encrypted
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,  # places before the file's start
+)
 
 
 def read_codes(path: Path, n_items: int) -> dict[str, Features]:
@@ -32,13 +48,15 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: is no .npz file; write it with numpy.savez")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path) as file:
             first = {}
-            for name in arrays.files:
-                first.setdefault(name.partition("_")[0], name)
-            codes = {modality: (name, arrays[name]) for modality, name in first.items()}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: holds an array that cannot be read ({error}); write it with numpy.savez") from None
+            for member in file.infolist():
+                name = member.filename.removesuffix(".npy")
+                first.setdefault(name.partition("_")[0], (name, member))
+            codes = {modality: (name, _read_array(file, member)) for modality, (name, member) in first.items()}
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: holds an array that cannot be read ({reason}); write it with numpy.savez") from None
     if not codes:
         raise ValueError(f"{path}: holds no arrays, expected codes of shape ({n_items}, levels)")
     for modality, (name, array) in codes.items():
@@ -49,6 +67,19 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {name}: {error}") from None
     return features
+
+
+def _read_array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an `.npz`. A header that claims more than the file can hold is refused before it is allocated."""
+    with file.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(stream)
+    claimed, most = math.prod(shape) * dtype.itemsize, member.compress_size * _DEFLATE_AT_MOST
+    if not 0 <= claimed <= min(member.file_size, most):
+        raise ValueError(f"{member.filename} of shape {shape} would be {claimed:,} bytes, which it does not hold")
+    with file.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def one_hot_codes(codes: np.ndarray) -> Features:

@@ -1,7 +1,13 @@
 """Integer codes as features."""
 
+import io
+import struct
+import zipfile
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data.formats.codes import one_hot_codes, read_codes
 
@@ -70,3 +76,40 @@ def test_faults_of_the_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"c\.npz: is no \.npz file"):
             read_codes(path, 1)
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (2, 2**62), (2, 2**70), (2, -3)])
+@pytest.mark.parametrize("lies", [False, True], ids=["", "the archive's index lies as well"])
+def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path, shape, lies, monkeypatch):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    path = tmp_path / "c.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("text.npy", stream.getvalue() + bytes(64))
+    if lies:
+        size = len(stream.getvalue()) + 64
+        claimed = path.read_bytes().replace(struct.pack("<II", size, size), struct.pack("<II", size, 2**32 - 2))
+        path.write_bytes(claimed)
+    monkeypatch.setattr(np, "ndarray", None)  # what allocates as the header says
+    with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read"):
+        read_codes(path, 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_files_with_bytes_changed_load_or_are_refused(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("codes") / "c.npz"
+    save = data.draw(st.sampled_from([np.savez, np.savez_compressed]))
+    save(path, text_v1=np.arange(12).reshape(4, 3), image=np.ones((4, 2), np.uint8))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content))
+    try:
+        features = read_codes(path, 4)
+    except (ValueError, TypeError) as refused:
+        message = str(refused)
+    else:
+        message = "c.npz: " * all(len(each.values) == 4 for each in features.values())
+    assert "c.npz: " in message
+    assert "\n" not in message

@@ -1,6 +1,7 @@
 """Recommendations from a run folder alone."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,6 +66,14 @@ def test_many_histories_are_served_in_batches(histories, model, monkeypatch):
     split = model.recommend(histories, 5)
     assert [[item for item, _ in row] for row in split] == [[item for item, _ in row] for row in together]
     assert model.recommend([]) == []
+
+
+def test_threads_that_ask_at_once_get_what_each_would_alone(bbqrec_run, histories, model):
+    asked = [histories[n % 3 : n % 3 + 1] for n in range(60)]
+    alone = [model.recommend(each) for each in asked]
+    shared = BBQRec.load(bbqrec_run.folder)  # nothing computed yet
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(shared.recommend, asked)) == alone
 
 
 def test_titles_and_semantic_ids(model, sasrec_run, tiny_data):

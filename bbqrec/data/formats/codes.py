@@ -24,10 +24,7 @@ _DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
 _UNREADABLE = (  # what a broken or hostile file raises; NumPy parses headers as Python
     ValueError,
     EOFError,
-    OverflowError,
-    SyntaxError,
-    NotImplementedError,  # a way of packing that zipfile does not know
-    RuntimeError,  # encrypted
+    RuntimeError,  # of zipfile: encrypted, or packed in a way that it does not know
     tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,

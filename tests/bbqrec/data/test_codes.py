@@ -78,7 +78,7 @@ def test_faults_of_the_file(tmp_path):
             read_codes(path, 1)
 
 
-@pytest.mark.parametrize("shape", [(10**6, 10**6), (2, 2**62), (2, 2**70), (2, -3)])
+@pytest.mark.parametrize("shape", [(2, 10**8), (10**6, 10**6), (2, 2**62), (2, 2**70), (2, -3)])
 @pytest.mark.parametrize("lies", [False, True], ids=["", "the archive's index lies as well"])
 def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path, shape, lies, monkeypatch):
     stream = io.BytesIO()
@@ -93,6 +93,47 @@ def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path, sha
     monkeypatch.setattr(np, "ndarray", None)  # what allocates as the header says
     with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read"):
         read_codes(path, 2)
+
+
+def changed(content, at, value):
+    """With the bytes from `at` on replaced."""
+    return content[:at] + value + content[at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file, index, end: changed(file, index + 10, b"\x63\0"), "compression"),  # an unknown way of packing
+        (lambda file, index, end: changed(file, index + 8, b"\1\0"), "encrypted"),
+        (lambda file, index, end: changed(file, end + 16, struct.pack("<I", index + 9999)), ""),  # before the start
+    ],
+)
+def test_what_zip_says_of_a_broken_file_becomes_a_sentence(tmp_path, damage, reason):
+    path = tmp_path / "c.npz"
+    np.savez(path, text=np.array([[1], [2]]))
+    whole = path.read_bytes()
+    content = damage(whole, whole.index(b"PK\1\2"), whole.index(b"PK\5\6"))
+    assert content != whole
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"c\.npz: holds an array that cannot be read \(.*{reason}.*\); write it"):
+        read_codes(path, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"(2, 1), }", b"(2, 1,(((("), (b"'<i8'", b"'?i8'"), (b"(2, 1), }", b"(2, 1)))}"), (b"\x93NUM", b"\x93num")],
+)
+def test_what_numpy_says_of_a_broken_header_becomes_a_sentence(tmp_path, old, new):
+    stream = io.BytesIO()
+    np.save(stream, np.array([[1], [2]]))
+    content = stream.getvalue().replace(old, new)
+    assert content != stream.getvalue()
+    path = tmp_path / "c.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("text.npy", content)
+    with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read \(.+\); write it") as refused:
+        read_codes(path, 2)
+    assert "\n" not in str(refused.value)
 
 
 @settings(max_examples=200, deadline=None)

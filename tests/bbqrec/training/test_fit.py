@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -24,7 +25,7 @@ from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.model import Tokenizer
-from bbqrec.training.fit import SIMILARITY_DECAYS, SIMILARITY_WEIGHTS
+from bbqrec.training import fit as fitting
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -153,8 +154,8 @@ def test_the_best_and_the_latest_epoch_are_kept(bbqrec_run):
 def test_as_much_similarity_as_is_best_on_validation(bbqrec_run):
     run = Run(bbqrec_run.folder, bbqrec_run.data)
     weight, decay = run.model.similarity_weight.item(), run.model.similarity_decay.item()
-    assert weight in SIMILARITY_WEIGHTS  # the demo's items are alike in kinds, so 0 is not the best
-    assert round(decay, 6) in SIMILARITY_DECAYS
+    assert weight in fitting.SIMILARITY_WEIGHTS  # the demo's items are alike in kinds, so 0 is not the best
+    assert round(decay, 6) in fitting.SIMILARITY_DECAYS
 
     def metric(weight, decay):
         run.model.similarity_weight.fill_(weight)
@@ -163,9 +164,28 @@ def test_as_much_similarity_as_is_best_on_validation(bbqrec_run):
 
     best = metric(weight, decay)
     assert best == run.metrics["validation"]["ndcg@10"] > metric(0, decay)
-    others = [(w, SIMILARITY_DECAYS[0]) for w in SIMILARITY_WEIGHTS if w < weight]
-    others += [(weight, d) for d in SIMILARITY_DECAYS]
+    others = [(w, fitting.SIMILARITY_DECAYS[0]) for w in fitting.SIMILARITY_WEIGHTS if w < weight]
+    others += [(weight, d) for d in fitting.SIMILARITY_DECAYS]
     assert all(best >= metric(*other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("best", "chosen"),
+    [((2, 0.5), (2, 0.5)), ((1, 0.9), (1, 0.9)), ((4, 0.7), (4, 0.7)), ((0, 0.7), (0, 0.7)), ((9, 0.5), (4, 0.5))],
+)
+def test_the_search_for_similarity_finds_the_peak(best, chosen, bbqrec_run, monkeypatch):
+    """Where the metric falls off to all sides of one weight and decay."""
+
+    def metric(model, *_, **__):
+        weight, decay = model.similarity_weight.item(), model.similarity_decay.item()
+        return {"ndcg@10": 1 - abs(weight - best[0]) / 10 - abs(decay - best[1]) / 10}
+
+    monkeypatch.setattr(fitting, "evaluate", metric)
+    run = Run(bbqrec_run.folder, bbqrec_run.data)
+    job = SimpleNamespace(config=run.config, data=run.data, split=run.split, say=lambda *_, **__: None)
+    fitting._choose_similarity(job, run.model)
+    found = run.model.similarity_weight.item(), run.model.similarity_decay.item()
+    assert found == pytest.approx(chosen)
 
 
 def test_similarity_that_does_not_help_is_left_out(tiny_data, tiny_config, tmp_path):

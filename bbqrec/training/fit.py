@@ -306,6 +306,15 @@ def _choose_similarity(job: _Job, model: SequenceModel) -> None:
         max_length = job.config.model.max_length
         return evaluate(model, job.split.validation, job.data.n_items, max_length=max_length)["ndcg@10"]
 
+    weight, decay, without, best = best_similarity(found)
+    model.similarity_weight.fill_(weight)
+    model.similarity_decay.fill_(decay)
+    job.say(f"similarity to the history: weight {weight:g}, validation ndcg@10 {without:.4f} without", end=" ")
+    job.say(f"and {best:.4f} with it")
+
+
+def best_similarity(found: Callable[[float, float], float]) -> tuple[float, float, float, float]:
+    """Weight and decay with the highest `found(weight, decay)`, and that without (at weight 0) and with them."""
     decay = SIMILARITY_DECAYS[0]
     chosen = (0.0, decay)
     without = best = found(*chosen)
@@ -316,10 +325,7 @@ def _choose_similarity(job: _Job, model: SequenceModel) -> None:
     for decay in SIMILARITY_DECAYS[1:] if chosen[0] else ():
         if (metric := found(chosen[0], decay)) > best:
             best, chosen = metric, (chosen[0], decay)
-    model.similarity_weight.fill_(chosen[0])
-    model.similarity_decay.fill_(chosen[1])
-    job.say(f"similarity to the history: weight {chosen[0]:g}, validation ndcg@10 {without:.4f} without", end=" ")
-    job.say(f"and {best:.4f} with it")
+    return *chosen, without, best
 
 
 def _features_of_model(job: _Job) -> torch.Tensor | None:

@@ -30,7 +30,6 @@ class Ranker(Protocol):
         """
 
 
-@torch.no_grad()
 def evaluate(
     ranker: Ranker,
     heldout: Heldout,
@@ -41,10 +40,40 @@ def evaluate(
     batch_users: int | None = None,
     train_items: np.ndarray | Collection[int] | None = None,
 ) -> dict[str, float]:
-    """Ranks all items for every user of `heldout`.
+    """Ranks all items for every user of `heldout`, and says how many found their target.
+
+    Args:
+        ranker, heldout, n_items, keep_history, max_length, batch_users: see `target_ranks`, whose errors are raised.
+        train_items: `(n_items,)` bool mask, or indices, of the items seen in training. If given, targets that are not
+            among them (cold ones) are reported apart as well.
+
+    Returns:
+        `metrics_of` all users. With `train_items` also "cold/users" and, unless that is 0, "cold/recall@1" and so on.
+    """
+    options = {"keep_history": keep_history, "max_length": max_length, "batch_users": batch_users}
+    all_ranks = target_ranks(ranker, heldout, n_items, **options)
+    metrics = metrics_of(all_ranks)
+    if train_items is not None:
+        cold = ~_mask(train_items, n_items)[heldout.targets]
+        cold_metrics = metrics_of(all_ranks[cold]) if cold.any() else {"users": 0}
+        metrics |= {f"cold/{name}": value for name, value in cold_metrics.items()}
+    return metrics
+
+
+@torch.no_grad()
+def target_ranks(
+    ranker: Ranker,
+    heldout: Heldout,
+    n_items: int,
+    *,
+    keep_history: bool = False,
+    max_length: int,
+    batch_users: int | None = None,
+) -> np.ndarray:
+    """Rank of the held-out item of every user among all items, from 1: `(users,)` int64.
 
     Where several processes train together (see `bbqrec.processes`), all have to call it: each ranks for some users, and
-    all get the metrics of all.
+    all get the ranks of all.
 
     Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
     A tie counts against the target.
@@ -56,14 +85,6 @@ def evaluate(
         keep_history: leave the items of the history among the candidates.
         max_length: longest history that the ranker sees.
         batch_users: users scored at once; by default at most 512, and fewer where there are many items.
-        train_items: `(n_items,)` bool mask, or indices, of the items seen in training. If given, targets that are not
-            among them (cold ones) are reported apart as well.
-
-    Returns:
-        "recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10" and "ndcg@20", means over users, and
-        "users", their number. With `train_items` also "cold/users" and, unless that is 0, "cold/recall@1" and so on.
-        A recall is the share of users whose target is among the first k; with one target, NDCG is `1 / log2(rank + 1)`
-        for rank <= k and 0 beyond.
 
     Raises:
         ValueError: there is no user, a target is no item, or the scores have the wrong shape or hold NaN.
@@ -92,13 +113,7 @@ def evaluate(
             rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
             excluded[rows, torch.from_numpy(histories.items).to(device)] = True
         found.append(ranks(scores, targets, excluded).cpu())
-    all_ranks = _of_all_processes(found, starts, len(heldout))
-    metrics = _metrics(all_ranks)
-    if train_items is not None:
-        cold = ~_mask(train_items, n_items)[heldout.targets]
-        cold_metrics = _metrics(all_ranks[cold]) if cold.any() else {"users": 0}
-        metrics |= {f"cold/{name}": value for name, value in cold_metrics.items()}
-    return metrics
+    return _of_all_processes(found, starts, len(heldout))
 
 
 def _of_all_processes(found: list[Tensor], starts: range, users: int) -> np.ndarray:
@@ -130,7 +145,13 @@ def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Te
     return ahead.sum(1)
 
 
-def _metrics(ranks: np.ndarray) -> dict[str, float]:
+def metrics_of(ranks: np.ndarray) -> dict[str, float]:
+    """Metrics of one target for each user, from `ranks (users,)`.
+
+    Returns "recall@1", "recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10" and "ndcg@20", means over users, and
+    "users", their number. A recall is the share of users whose target is among the first k; with one target, NDCG is
+    `1 / log2(rank + 1)` for rank <= k and 0 beyond.
+    """
     gains = 1 / np.log2(ranks + 1)
     return {
         **{f"recall@{k}": float((ranks <= k).mean()) for k in RECALL_AT},

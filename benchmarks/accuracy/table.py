@@ -1,15 +1,89 @@
-"""What the tables of accuracy are made of."""
+"""The tables of docs/accuracy.md, from the rows that were measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import polars as pl
 from scipy import stats
+
+from benchmarks.accuracy.runs import Runs
+
+TITLES = {
+    "most_popular": "most popular",
+    "item_knn": "item-kNN by content",
+    "sasrec": "SASRec",
+    "tiger": "TIGER",
+    "bbqrec": "BBQRec",
+}
+YARDSTICK = "bbqrec"  # the run that others are compared with
+PARTS = {
+    "kept": "history kept",
+    "cold": "items never seen",
+    "rare": "items seen 1 to 5 times",
+    "short": "users of 4 items or fewer",
+}
+
+
+def tables(all_runs: Iterable[Runs]) -> str:
+    """For each data set a line a run that has rows, and under it what others report; then parts of users and items."""
+    parts = [part for runs in all_runs for part in (f"### {runs.title}", _main_table(runs), _table_of_parts(runs))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _main_table(runs: Runs) -> str:
+    head = ["run", "model", "options", "seeds", "Recall@10", "NDCG@10", "over BBQRec", "validation NDCG@10"]
+    lines = _head([*head, "minutes", "peak memory, MB"])
+    for name, entry in runs.runs.items():
+        test, validation = runs.of(name, "test"), runs.of(name, "validation")
+        if test.is_empty():
+            continue
+        cells = [f"`{name}`", TITLES[entry.model], _options(test), str(len(test)), mean(test["recall@10"])]
+        cells += [mean(test["ndcg@10"]), paired(test, runs.of(YARDSTICK, "test")), mean(validation["ndcg@10"])]
+        seconds, peak = test["seconds"].mean(), test["peak_memory_mb"].mean()
+        cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if peak is None else f"{peak:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for row in runs.published:
+        cells = ["published", row.model, row.source, "", _number(row.recall), _number(row.ndcg), "", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _table_of_parts(runs: Runs) -> str:
+    """Of the models without options of ablations: NDCG@10 of parts of the users, with their number."""
+    lines = _head(["NDCG@10 of", *PARTS.values()])
+    for name, entry in runs.runs.items():
+        test = runs.of(name, "test")
+        if entry.in_parts and not test.is_empty() and "kept/ndcg@10" in test.columns:
+            test = test.drop_nulls("kept/ndcg@10")
+            if test.is_empty():
+                continue
+            cells = [f"`{name}`"]
+            for part in PARTS:
+                values, users = test[f"{part}/ndcg@10"].drop_nulls(), test[f"{part}/users"][0]
+                cells.append(f"{mean(values)}, {users:,} users" if len(values) else "none")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+
+
+def _options(rows: pl.DataFrame) -> str:
+    """Those of the rows: item-kNN found its own."""
+    options = rows["options"][0] or ""
+    return f"`{options}`" if options else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}".removeprefix("0")
 
 
 def mean(column: pl.Series) -> str:
     """Mean and, in brackets, standard deviation over seeds."""
     spread = column.std() or 0.0
-    return f"{column.mean():.4f}".removeprefix("0") + (f" (± {spread:.4f})".replace("0.", ".") if spread else "")
+    return _number(column.mean()) + (f" (± {spread:.4f})".replace("0.", ".") if spread else "")
 
 
 def paired(rows: pl.DataFrame, others: pl.DataFrame, column: str = "ndcg@10") -> str:
@@ -17,8 +91,10 @@ def paired(rows: pl.DataFrame, others: pl.DataFrame, column: str = "ndcg@10") ->
 
     Empty for the same runs, and for fewer than two seeds in common.
     """
+    if others.is_empty() or rows.equals(others):
+        return ""
     both = rows.join(others, on="seed", suffix=" of others")
-    if len(both) < 2 or rows.equals(others):
+    if len(both) < 2:
         return ""
     differences = both[column] - both[f"{column} of others"]
     half = stats.t.ppf(0.975, len(both) - 1) * differences.std() / len(both) ** 0.5

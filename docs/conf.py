@@ -29,15 +29,16 @@ import bbqrec_kernels
 from bbqrec.config import DEFAULTS_OF_MODEL, ModelConfig, TokenizerConfig, TrainingConfig
 from bbqrec_kernels import testing
 from benchmarks import static, summary
+from benchmarks.accuracy import reweighting, runs, table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 project = "BBQRec"
 version = release = bbqrec_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["results"]
 myst_heading_anchors = 3
 highlight_language = "none"
 smartquotes_action = "D"  # dashes; quotes stay as they are
@@ -78,13 +79,13 @@ FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:htt
 
 def speed() -> str:
     """Ours against the peers: the tables of README.md."""
-    return summary.tables(sorted((ROOT / "benchmarks" / "results").glob("*_cpu_*.csv")))
+    return summary.tables(sorted(RESULTS.glob("*_cpu_*.csv")))
 
 
 def provenance() -> str:
     """Where, with what and from which commit each file of measurements comes."""
     lines = ["| file | device | versions | commit |", "|---|---|---|---|"]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*_cpu_*.csv")):
+    for path in sorted(RESULTS.glob("*_cpu_*.csv")):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         said = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("device", "versions", "commit"))
@@ -95,6 +96,16 @@ def provenance() -> str:
 def static_costs() -> str:
     """What `python -m benchmarks.static` prints, from the rows that it wrote."""
     return f"```text\n{static.render(static.read())}\n```"
+
+
+def accuracy() -> str:
+    """How good the models are, by data set: what `python -m benchmarks.accuracy --table` prints."""
+    return table.tables(map(runs.Runs.load, runs.NAMES))
+
+
+def reweighted() -> str:
+    """What reweighting attention is worth, from all rows there are."""
+    return reweighting.table_of(sorted((RESULTS / "reweighting").glob("*.csv")))
 
 
 def options() -> str:
@@ -131,6 +142,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "provenance": provenance,
     "static-costs": static_costs,
+    "accuracy": accuracy,
+    "reweighting": reweighted,
     "options": options,
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bbqrec import Dataset
 from benchmarks.accuracy.measure import measure
-from benchmarks.accuracy.runs import FOLDER, Runs
+from benchmarks.accuracy.runs import NAMES, Runs
 from benchmarks.accuracy.table import tables
 
 
@@ -25,8 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of data sets, one to measure: {', '.join(known)}")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of data sets, one to measure: {', '.join(NAMES)}")
     parser.add_argument("--table", action="store_true", help="show the tables (of all, if none is named)")
     parser.add_argument("--data", type=Path, help="the data set's folder")
     parser.add_argument("--run", nargs="+", metavar="RUN", help="which of the file's runs (default: all)")
@@ -34,10 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of the run folders")
     parser.add_argument("--csv", type=Path, help="where rows go (default: benchmarks/results/accuracy/NAME.csv)")
     chosen = parser.parse_args(arguments)
-    if unknown := [name for name in chosen.names if name not in known]:
-        parser.error(f"name: got {', '.join(unknown)}, expected names among {', '.join(known)}")
+    if unknown := [name for name in chosen.names if name not in NAMES]:
+        parser.error(f"name: got {', '.join(unknown)}, expected names among {', '.join(NAMES)}")
     if chosen.table:
-        print(tables([Runs.load(name) for name in chosen.names or known]))
+        print(tables([Runs.load(name) for name in chosen.names or NAMES]))
         return
     if len(chosen.names) != 1 or not chosen.data:
         parser.error("one name and --data are needed to measure")

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = Path(__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))  # of data sets
 RESULTS = FOLDER.parent / "results" / "accuracy"
 
 

@@ -1,6 +1,6 @@
 """Time and memory of each step, for generated catalogues that grow: each in a process of its own.
 
-    python tools/scale.py --csv docs/results/scale/NAME.csv [--items 10000 100000 1000000] [--interactions-per-item 10]
+    python -m benchmarks.scale --csv FILE [--items 10000 100000 1000000] [--interactions-per-item 10]
 
 Popularity falls as 1 / rank, users have 10 interactions on average, and every item has one text vector of 64 numbers.
 One row a catalogue and step:
@@ -23,7 +23,6 @@ import csv
 import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -236,8 +235,9 @@ def main() -> None:
 
     import torch
 
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
-    made = {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    from benchmarks.machine import commit
+
+    made = {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
     rows = []
     for n_items in arguments.items:
         n_interactions = n_items * arguments.interactions_per_item

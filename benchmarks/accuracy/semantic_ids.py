@@ -1,6 +1,6 @@
 """Measures semantic IDs: those of the tokenizer, of plain quantization without it, and of other projects.
 
-    python tools/tokenizer.py --data DATA --out runs/tokenizer --csv docs/results/NAME.csv [--codes peers.npz]
+    python -m benchmarks.accuracy.semantic_ids --data DATA --out runs/tokenizer --csv FILE [--codes peers.npz]
 
 One row a set of codes and modality. All sets are measured alike, on codes alone:
 
@@ -20,7 +20,6 @@ directions. The arrays of `--codes` belong to the items in the order of the data
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from bbqrec.data.splits import leave_one_out
 from bbqrec.tokenizer.model import standardize
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec_kernels import residual_kmeans, residual_quantize
+from benchmarks.machine import commit
 
 FOLDS = 5
 
@@ -154,8 +154,7 @@ def main() -> None:
 
     data = Dataset.load(arguments.data)
     rows = [row for name, ids in code_sets(arguments, data) for row in rows_of(name, ids, data)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    table = pl.DataFrame(rows, infer_schema_length=None).with_columns(data=pl.lit(data.name), commit=pl.lit(commit))
+    table = pl.DataFrame(rows, infer_schema_length=None).with_columns(data=pl.lit(data.name), commit=pl.lit(commit()))
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
     table.write_csv(arguments.csv)
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, fmt_str_lengths=50):

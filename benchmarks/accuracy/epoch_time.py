@@ -1,6 +1,6 @@
 """Times a training epoch of BBQRec against one of SASRec of equal width: the same batches, step by step in turns.
 
-    python tools/epoch_time.py --data DATA [--steps 40]
+    python -m benchmarks.accuracy.epoch_time --data DATA [--steps 40]
 
 Prints seconds per epoch of both, from the median step, and their ratio. The codes are those of a tokenizer before its
 training: their values do not change the time of a step.

@@ -1,6 +1,6 @@
 """Times recommendations: by `BBQRec.recommend`, by the exported program, and by the compiled one.
 
-    python tools/serving.py --csv docs/results/serving/NAME.csv [--items 10000 100000] [--threads 2] [--no-compiled]
+    python -m benchmarks.serving --csv FILE [--items 10000 100000] [--threads 2] [--no-compiled]
 
 The models are bbqrec's with default options, two modalities of 384 features and random weights: these do not change the
 time. Histories have 1 to `model.max_length` items, 10 recommended ones each, and the history is left out. One row a
@@ -16,7 +16,6 @@ import argparse
 import csv
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from bbqrec import BBQRec, Config
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.run import device, versions
+from benchmarks.machine import commit
 
 K = 10
 FEATURES = 384  # of a modality: as many as small sentence encoders have
@@ -92,7 +92,6 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     config, rows = Config(), []
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     rng = np.random.default_rng(0)
     for n_items in arguments.items:
         with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +110,7 @@ def main() -> None:
                         "calls": arguments.calls,
                         "device": device(),
                         "torch": versions()["torch"],
-                        "commit": commit,
+                        "commit": commit(),
                     }
                     print(", ".join(f"{key} {value}" for key, value in row.items() if key not in ("torch", "commit")))
                     rows.append(row)

@@ -140,6 +140,15 @@ def test_notebooks_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert len(namespace["recommended"]) == 5
 
 
+def test_table_of_accuracy_is_what_the_rows_say() -> None:
+    from benchmarks.accuracy.runs import NAMES, Runs
+    from benchmarks.accuracy.table import headline
+
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- python -m benchmarks.accuracy --headline -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert shown[1] == headline(map(Runs.load, NAMES))
+
+
 def test_tables_of_speed_are_what_the_rows_say() -> None:
     from benchmarks.summary import tables
 

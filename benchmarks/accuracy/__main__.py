@@ -18,7 +18,7 @@ from pathlib import Path
 from bbqrec import Dataset
 from benchmarks.accuracy.measure import measure
 from benchmarks.accuracy.runs import NAMES, Runs
-from benchmarks.accuracy.table import tables
+from benchmarks.accuracy.table import headline, tables
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="name", help=f"of data sets, one to measure: {', '.join(NAMES)}")
     parser.add_argument("--table", action="store_true", help="show the tables (of all, if none is named)")
+    parser.add_argument("--headline", action="store_true", help="show the table of the project's README")
     parser.add_argument("--data", type=Path, help="the data set's folder")
     parser.add_argument("--run", nargs="+", metavar="RUN", help="which of the file's runs (default: all)")
     parser.add_argument("--seeds", type=int, help="as many, from 0 (default: what the file says)")
@@ -36,7 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := [name for name in chosen.names if name not in NAMES]:
         parser.error(f"name: got {', '.join(unknown)}, expected names among {', '.join(NAMES)}")
     if chosen.table:
-        print(tables([Runs.load(name) for name in chosen.names or NAMES]))
+        print(tables(map(Runs.load, chosen.names or NAMES)))
+        return
+    if chosen.headline:
+        print(headline(map(Runs.load, chosen.names or NAMES)))
         return
     if len(chosen.names) != 1 or not chosen.data:
         parser.error("one name and --data are needed to measure")

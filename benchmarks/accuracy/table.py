@@ -25,6 +25,20 @@ PARTS = {
 }
 
 
+def headline(all_runs: Iterable[Runs]) -> str:
+    """Test NDCG@10 of each data set and model with content, and the best that others report."""
+    columns = ("most-popular", "item-knn", "sasrec", "sasrec-features", YARDSTICK)
+    names = ["most popular", "item-kNN", "SASRec", "SASRec with features", "BBQRec", "best published"]
+    lines = _head(["data", *names])
+    for runs in all_runs:
+        tests = [runs.of(run, "test") for run in columns]
+        cells = [runs.title, *("" if rows.is_empty() else mean(rows["ndcg@10"]) for rows in tests)]
+        best = max(runs.published, key=lambda row: row.ndcg, default=None)
+        cells.append(f"{_number(best.ndcg)}, {best.model}" if best else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables(all_runs: Iterable[Runs]) -> str:
     """For each data set a line a run that has rows, and under it what others report; then parts of users and items."""
     parts = [part for runs in all_runs for part in (f"### {runs.title}", _main_table(runs), _table_of_parts(runs))]

@@ -36,10 +36,11 @@ def versions() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this tree when first asked, with a + where files differed from it."""
+    """The commit of this tree when first asked, with a + where files other than results differed from it."""
     try:
         head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=ROOT, text=True).strip()
+        status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]
+        changed = subprocess.check_output(status, cwd=ROOT, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")

@@ -136,3 +136,25 @@ def test_base_is_built_and_timed_beside_ours() -> None:
     assert passed
     assert {row.provider for row in rows} >= {OURS, f"{OURS}@HEAD"}
     assert not tree.exists()
+
+
+def test_commit_has_a_plus_where_code_differs_but_not_for_results(tmp_path: Path, monkeypatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    results, code = tmp_path / "benchmarks" / "results" / "rows.csv", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    results.write_text("1\n")
+    code.write_text("1\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    results.write_text("2\n")
+    assert machine.commit.__wrapped__() == head
+    code.write_text("2\n")
+    assert machine.commit.__wrapped__() == f"{head}+"

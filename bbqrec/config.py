@@ -67,6 +67,9 @@ class ModelConfig(Section):
         False,
         description="add a learned linear map of the item's features; true for bbqrec. With SASRec: content, no codes",
     )
+    feature_width: int | None = Field(
+        256, ge=1, description="with features: as many principal directions of them are read; null: all, as they are"
+    )
     similarity_output: bool = Field(
         True,
         description="with features: score also by how like the history's an item's are, as much as validation likes it",
@@ -199,7 +202,7 @@ class Config(Section):
         if not self.model.cosine_output:
             idle.add("output_scale")
         if not self.model.features:
-            idle.add("similarity_output")
+            idle |= {"feature_width", "similarity_output"}
         given = self.model.model_dump(exclude_unset=True)
         idle_given = {
             key: value for key, value in given.items() if key in idle and value != self._default("model", key)

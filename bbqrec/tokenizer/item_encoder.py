@@ -2,7 +2,8 @@
 
 It reads, beside the weights of the tokenizer, what `save_preparation` writes:
 
-features.parquet   one row a modality: its name, and how its features are standardized
+features.parquet   one row a modality: its name, how its features are standardized, and its rows of the directions, if
+                   the sequence model reads principal directions: see `principal_directions`
 words.parquet      one row a word, if the "text" features were made of texts: see `WordVectors`
 """
 
@@ -28,7 +29,10 @@ from bbqrec_kernels import residual_quantize
 FEATURES, WORDS, TOKENIZER = "features.parquet", "words.parquet", "tokenizer.safetensors"
 
 
-def save_preparation(folder: Path, features: dict[str, Features]) -> None:
+PCA_ROWS = 65_536  # of features that are summed up at once, in float64
+
+
+def save_preparation(folder: Path, features: dict[str, Features], directions: Tensor | None) -> None:
     """Writes how the feature sets that a run uses are prepared for its models."""
     used = {name: Standardization.of(feature) for name, feature in features.items()}
     columns = {
@@ -37,6 +41,9 @@ def save_preparation(folder: Path, features: dict[str, Features]) -> None:
         "constant": [each.constant.tolist() for each in used.values()],
         "scale": [each.scale for each in used.values()],
     }
+    if directions is not None:
+        blocks = directions.split([len(each.mean) for each in used.values()])
+        columns["directions"] = [block.tolist() for block in blocks]
     atomically(folder / FEATURES, pl.DataFrame(columns).write_parquet)
     for feature in features.values():
         if feature.words is not None:
@@ -51,6 +58,14 @@ def read_standardizations(path: Path) -> dict[str, Standardization]:
     }
 
 
+def read_directions(path: Path) -> Tensor | None:
+    """What `save_preparation` wrote: `(F, width)`, or None."""
+    written = pl.read_parquet(path)
+    if "directions" not in written.columns:
+        return None
+    return torch.from_numpy(np.concatenate([np.array(rows.to_list()) for rows in written["directions"]])).float()
+
+
 def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> list[tuple[nn.Module, Tensor]]:
     """Encoders of features of these widths out of a tokenizer's weights, each with its codebooks."""
     state = load_file(path)
@@ -62,15 +77,29 @@ def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> lis
     return [(each, state[f"quantizers.{book}.codebooks"]) for each, book in zip(encoders, books, strict=True)]
 
 
-def model_features(standardized: list[Tensor]) -> Tensor:
-    """What `model.features` reads: all feature sets `(N, F)` side by side, rows of about unit norm."""
+def model_features(standardized: list[Tensor], directions: Tensor | None = None) -> Tensor:
+    """What `model.features` reads: all feature sets `(N, F)` side by side, rows of about unit norm, in `directions`."""
     values = torch.cat(standardized, dim=1)
-    return values / values.shape[1] ** 0.5
+    values = values / values.shape[1] ** 0.5
+    return values if directions is None else values @ directions
 
 
-def catalogue_features(features: Mapping[str, Features]) -> Tensor:
+def catalogue_features(features: Mapping[str, Features], directions: Tensor | None = None) -> Tensor:
     """`model_features` of the items that training knows."""
-    return model_features([standardize(feature)[0] for feature in features.values()])
+    return model_features([standardize(feature)[0] for feature in features.values()], directions)
+
+
+def principal_directions(features: Mapping[str, Features], width: int | None) -> Tensor | None:
+    """The orthonormal directions `(F, width)` in which `catalogue_features` vary most; None if there are no more than
+    `width`, or that is None.
+
+    An optimizer step maps the features of the whole catalogue, and similarity compares with all of them: there are
+    models of text and images with thousands, which say little in most directions.
+    """
+    if width is None or sum(feature.values.shape[1] for feature in features.values()) <= width:
+        return None
+    products = sum(rows.double().T @ rows.double() for rows in catalogue_features(features).split(PCA_ROWS))
+    return torch.linalg.eigh(products).eigenvectors[:, -width:].flip(1).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +122,7 @@ class ItemEncoder:
 
     Args:
         standardizations: of the run's feature sets, by modality.
+        directions: see `principal_directions`.
         words: what made its "text" features, None where they were given.
         encoders: of the tokenizer, with the codebooks `(L, K, d)` of each modality; None of a run without semantic IDs.
     """
@@ -100,10 +130,11 @@ class ItemEncoder:
     def __init__(
         self,
         standardizations: dict[str, Standardization],
+        directions: Tensor | None,
         words: WordVectors | None,
         encoders: list[tuple[nn.Module, Tensor]] | None,
     ):
-        self.standardizations = standardizations
+        self.standardizations, self.directions = standardizations, directions
         self.words = words
         self.encoders = encoders
 
@@ -134,7 +165,8 @@ class ItemEncoder:
                 behaviour_aligned, codebooks = self.encoders[m]
                 found = residual_quantize(behaviour_aligned(x), codebooks).codes
                 codes.append(found.masked_fill(~torch.from_numpy(mask)[:, None], -1))
-        return EncodedItems(torch.stack(codes, 1) if codes else None, model_features(standardized), np.stack(masks, 1))
+        features_of_model = model_features(standardized, self.directions)
+        return EncodedItems(torch.stack(codes, 1) if codes else None, features_of_model, np.stack(masks, 1))
 
     def _given(self, n: int, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if name not in self.standardizations:

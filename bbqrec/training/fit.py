@@ -24,7 +24,7 @@ from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
-from bbqrec.tokenizer.item_encoder import catalogue_features, save_preparation
+from bbqrec.tokenizer.item_encoder import catalogue_features, principal_directions, save_preparation
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -112,6 +112,7 @@ class _Job:
     run: Run
     data: Dataset
     features: dict[str, Features]
+    directions: torch.Tensor | None  # of `principal_directions`
     split: Split
     config: Config
     bars: bool
@@ -143,9 +144,12 @@ def _start(
     run = Run(Path(out), data)
     say = _quiet if progress is False or not is_first() else _say
     bars = is_first() and (sys.stderr.isatty() if progress is None else progress)
+    directions = None
     if not run.finished:
+        if config.model.features:
+            directions = principal_directions(features, config.model.feature_width)
         if features:
-            first_does(lambda: save_preparation(run.folder, features))
+            first_does(lambda: save_preparation(run.folder, features, directions))
         widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
         say(
             f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
@@ -161,7 +165,7 @@ def _start(
                 say("model.cross_modal: no, modalities with codebooks of their own have no code in common")
             elif len(channels) == len(features):
                 say(f"model.cross_modal: no, of {MAX_CHANNELS} channels in attention it needs {len(features) ** 2}")
-    return _Job(run, data, features, split, config, bars, say)
+    return _Job(run, data, features, directions, split, config, bars, say)
 
 
 def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:
@@ -332,7 +336,7 @@ def _features_of_model(job: _Job) -> torch.Tensor | None:
     """See `catalogue_features`; None if the model reads none."""
     if not job.config.model.features:
         return None
-    return catalogue_features(job.features)
+    return catalogue_features(job.features, job.directions)
 
 
 def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:

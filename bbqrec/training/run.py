@@ -47,6 +47,7 @@ from bbqrec.tokenizer.item_encoder import (
     TOKENIZER,
     WORDS,
     ItemEncoder,
+    read_directions,
     read_encoders,
     read_standardizations,
 )
@@ -171,13 +172,13 @@ class Run:
             with damage_named(self.folder / name):
                 return reader(self.folder / name, *arguments)
 
-        standardizations = read(FEATURES, read_standardizations)
+        standardizations, directions = read(FEATURES, read_standardizations), read(FEATURES, read_directions)
         words = read(WORDS, WordVectors.load) if (self.folder / WORDS).is_file() else None
         encoders = None
         if self.config.model_name != "sasrec":
             widths = [len(each.mean) for each in standardizations.values()]
             encoders = read(TOKENIZER, read_encoders, widths, self.config.tokenizer)
-        return ItemEncoder(standardizations, words, encoders)
+        return ItemEncoder(standardizations, directions, words, encoders)
 
     def evaluate(self, split: str = "test", *, keep_history: bool = False) -> dict[str, float]:
         """Ranks all items for every user's held-out item.

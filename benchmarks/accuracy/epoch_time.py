@@ -20,7 +20,7 @@ from bbqrec.data.batches import PackedBatch, TrainingBatches
 from bbqrec.data.splits import leave_one_out
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer import Tokenizer
-from bbqrec.tokenizer.item_encoder import catalogue_features
+from bbqrec.tokenizer.item_encoder import catalogue_features, principal_directions
 
 
 def step(model: SequenceModel, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> float:
@@ -45,11 +45,10 @@ def main() -> None:
     tokenizer = Tokenizer(data.features, data.n_items, config.tokenizer, config.model.max_length)
     tokenizer.initialize_codebooks(torch.Generator().manual_seed(0))
     batches = TrainingBatches(train, config.model.max_length, config.training.batch_tokens, seed=0)
+    features = catalogue_features(data.features, principal_directions(data.features, config.model.feature_width))
     models = {
         "SASRec": SequenceModel(data.n_items, config.override({"model_name": "sasrec"}).model),
-        "BBQRec": SequenceModel(
-            data.n_items, config.model, tokenizer.eval().semantic_ids(), catalogue_features(data.features)
-        ),
+        "BBQRec": SequenceModel(data.n_items, config.model, tokenizer.eval().semantic_ids(), features),
     }
     optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -33,7 +33,7 @@ from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import TIME_BUCKETS, SequenceModel, attention_channels
 from bbqrec.tokenizer import Tokenizer
-from bbqrec.tokenizer.item_encoder import catalogue_features
+from bbqrec.tokenizer.item_encoder import catalogue_features, principal_directions
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.fit import best_similarity
 from bbqrec.training.modules import SequenceModule
@@ -231,7 +231,9 @@ def measure(
     seed, max_length = config.training.seed, config.model.max_length
     compared = Comparisons(data, split, config, semantic_ids, seed)
     torch.manual_seed(seed)
-    features = catalogue_features(data.features) if config.model.features else None
+    features = None
+    if config.model.features:
+        features = catalogue_features(data.features, principal_directions(data.features, config.model.feature_width))
     model = VariedModel(compared, variation, config, semantic_ids, features)
     batches = TrainingBatches(split.train, max_length, config.training.batch_tokens, seed)
     module = VariedModule(model, config, batches, split.validation, data.n_items)

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bbqrec import BBQRec, Dataset, fit
@@ -50,6 +51,18 @@ def ranked(model, histories, **options):
     """For each history the scores of all items."""
     k = len(model.item_ids)
     return [dict(row) for row in model.recommend(histories, k, keep_history=True, **options)]
+
+
+def test_a_copy_has_the_features_of_its_original_in_few_directions_too(tiny_data, tiny_config, tmp_path, copy_of):
+    options = {"model.feature_width": 5, "tokenizer.epochs": 1, "training.epochs": 1}
+    run = fit(tiny_data, tmp_path / "run", config=tiny_config.override(options), progress=False)
+    assert run.model.features.shape == (tiny_data.n_items, 5)
+    items = list(range(0, 60, 7))
+    encoded = run.item_encoder.encode(len(items), copy_of(*items), None)
+    torch.testing.assert_close(encoded.features, run.model.features[items], rtol=1e-5, atol=1e-6)
+    model = BBQRec.load(run.folder)
+    model.add_items(["copy"], features=copy_of(3))
+    assert model.recommend([["copy"]], 1)
 
 
 def test_a_copy_has_the_semantic_id_of_its_original(bbqrec_run, copy_of, tiny_data):

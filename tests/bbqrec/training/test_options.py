@@ -41,6 +41,7 @@ ALTERNATIVES = {
     "model.item_id": (False, {}),
     "model.content": (False, {}),
     "model.features": (False, {}),
+    "model.feature_width": (5, {}),
     "model.similarity_output": (False, {}),
     "model.reweighting": (False, {}),
     "model.cross_modal": (False, {}),

@@ -13,6 +13,7 @@ from bbqrec.data.batches import PackedBatch
 from bbqrec.models.item_knn import history_profiles
 from bbqrec.models.losses import catalogue_cross_entropy, sampled_cross_entropy
 from bbqrec.models.transformer import CausalTransformer
+from bbqrec.processes import rank_and_world
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec_kernels import Term, gap, pack, prefix, similarity_attention_varlen
 
@@ -130,7 +131,10 @@ class SequenceModel(nn.Module):
         parts = batch.items, batch.targets, sampled
         items, rows = torch.cat(parts).unique(return_inverse=True)
         inputs, targets, others = rows.split([len(part) for part in parts])
-        vectors = self._vectors(items, None if self.item_id is None else F.embedding(items, self.item_id))
+        own = None
+        if self.item_id is not None:  # not every backend sums up sparse gradients of several processes
+            own = F.embedding(items, self.item_id, sparse=rank_and_world()[1] == 1)
+        vectors = self._vectors(items, own)
         hidden = self.transformer(F.embedding(inputs, vectors), batch, self._terms(batch))
         return sampled_cross_entropy(*self.compared(hidden, vectors), targets, others, self.n_trained)
 

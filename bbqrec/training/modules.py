@@ -16,6 +16,7 @@ from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import rank_and_world, summed
 from bbqrec.tokenizer.model import Tokenizer
+from bbqrec.training.optimizer import RowwiseAdamW
 
 VALIDATION_METRIC = "validation/ndcg@10"
 USERS_NAMED = 10  # of a batch that training stops at
@@ -184,5 +185,9 @@ class SequenceModule(EpochSeeded):
         self.log("validation/recall@10", metrics["recall@10"], prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Item embeddings move where a step has their item: with a sampled softmax those are few of many."""
         options = self.config.training
-        return torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        table = self.model.item_id if getattr(self.model, "samples", False) else None
+        others = [parameter for parameter in self.parameters() if parameter is not table]
+        tables = [] if table is None else [table]
+        return RowwiseAdamW(others, tables, lr=options.learning_rate, weight_decay=options.weight_decay)

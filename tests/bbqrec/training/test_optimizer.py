@@ -1,0 +1,68 @@
+"""`RowwiseAdamW` against `torch.optim.AdamW` on the rows that a step touches."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bbqrec.training.optimizer import RowwiseAdamW
+
+OPTIONS = {"lr": 0.1, "weight_decay": 0.3}
+STEPS = [[0, 3], [3], [3, 1], [0, 3]]  # rows of each step; 2 and 4 have none
+
+
+@pytest.fixture(params=[True, False], ids=["sparse", "dense"])
+def trained(request):
+    """A table and a matrix, trained together, and the gradients of the table."""
+    torch.manual_seed(0)
+    table, matrix = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4, 4))
+    start = table.detach().clone(), matrix.detach().clone()
+    optimizer, gradients = RowwiseAdamW([matrix], [table], **OPTIONS), []
+    for rows in STEPS:
+        values = nn.functional.embedding(torch.tensor(rows), table, sparse=request.param) @ matrix
+
+        def loss(values=values):
+            optimizer.zero_grad()
+            (values**3).sum().backward()
+            gradients.append((table.grad.to_dense().clone(), matrix.grad.clone()))
+            return values.sum()
+
+        assert optimizer.step(loss) is not None
+    return start, (table, matrix), optimizer, gradients
+
+
+def test_each_row_goes_as_if_it_were_alone(trained):
+    start, (table, _matrix), _, gradients = trained
+    for row in range(5):
+        alone = nn.Parameter(start[0][row].clone())
+        optimizer = torch.optim.AdamW([alone], **OPTIONS)
+        for rows, (gradient, _) in zip(STEPS, gradients, strict=True):
+            if row in rows:
+                alone.grad = gradient[row]
+                optimizer.step()
+        torch.testing.assert_close(table[row], alone)
+    assert torch.equal(table[[2, 4]], start[0][[2, 4]])
+
+
+def test_other_parameters_go_as_with_adamw(trained):
+    start, (_table, matrix), _, gradients = trained
+    alone = nn.Parameter(start[1])
+    optimizer = torch.optim.AdamW([alone], **OPTIONS)
+    for _, gradient in gradients:
+        alone.grad = gradient
+        optimizer.step()
+    assert torch.equal(matrix, alone)
+
+
+def test_a_restored_state_goes_on_alike(trained):
+    _, (table, matrix), optimizer, _ = trained
+    copies = [nn.Parameter(each.detach().clone()) for each in (table, matrix)]
+    restored = RowwiseAdamW(copies[1:], copies[:1], **OPTIONS)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, (own, other) in ((optimizer, (table, matrix)), (restored, copies)):
+        one.zero_grad()
+        (own[[1, 4]] @ other).square().sum().backward()
+        one.step()
+    assert torch.equal(table, copies[0])
+    assert torch.equal(matrix, copies[1])

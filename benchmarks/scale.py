@@ -109,14 +109,13 @@ def tokenizer(folder: Path) -> tuple[float, int]:
 
 
 def training(folder: Path, sampled: int | None = None) -> tuple[float, int]:
-    import torch
-
     from bbqrec import Config
+    from bbqrec.training.modules import SequenceModule
 
     config = Config().override({"model.sampled_items": sampled})
     model, data = _model(folder, config)
     batches = _batches(data, config.training.batch_tokens)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = SequenceModule(model, config, batches, None, data.n_items).configure_optimizers()
 
     def step(batch) -> None:
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features, check_finite
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, read_parquet
 from bbqrec.data.text import WordVectors
 from bbqrec.tokenizer.model import Standardization, encoder, standardize
 from bbqrec_kernels import residual_quantize
@@ -47,17 +47,18 @@ def read_standardizations(path: Path) -> dict[str, Standardization]:
     """What `save_preparation` wrote, by modality."""
     return {
         row["modality"]: Standardization(np.array(row["mean"]), np.array(row["constant"]), row["scale"])
-        for row in pl.read_parquet(path).iter_rows(named=True)
+        for row in read_parquet(path).iter_rows(named=True)
     }
 
 
 def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> list[tuple[nn.Module, Tensor]]:
     """Encoders of features of these widths out of a tokenizer's weights, each with its codebooks."""
     state = load_file(path)
-    encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
+    with torch.device("meta"):  # sizes that are not those of the weights allocate nothing
+        encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
     prefix = "encoders."
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    encoders.load_state_dict(own)
+    encoders.load_state_dict(own, assign=True)
     books = [0 if config.shared_codebooks else m for m in range(len(widths))]
     return [(each, state[f"quantizers.{book}.codebooks"]) for each, book in zip(encoders, books, strict=True)]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, one_line, read_parquet
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.data.text import WordVectors
 from bbqrec.evaluation.ranking import METRICS, evaluate
@@ -62,6 +62,7 @@ DAMAGE = (  # what reading a broken or foreign file raises
     LookupError,
     TypeError,
     AttributeError,
+    OverflowError,
 )
 REPAIR = "copy the run folder again, or fit into a new one"
 
@@ -86,7 +87,13 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """`run.json`."""
-        return read_json(self.folder / "run.json", {"data": ("name", "path", "fingerprint"), "versions": ()})
+        path = self.folder / "run.json"
+        facts = read_json(path, {"data": ("name", "path", "fingerprint"), "versions": ()})
+        with damage_named(path):
+            for key, value in facts["data"].items():
+                if not isinstance(value, str) and (key, value) != ("path", None):
+                    raise TypeError(f"data has {key} {value!r}")
+        return facts
 
     @cached_property
     def items(self) -> pl.DataFrame:
@@ -95,7 +102,10 @@ class Run:
         if not path.is_file():
             self._require_finished()
         with damage_named(path):
-            return pl.read_parquet(path).cast({"item": pl.String, "title": pl.String})
+            items = read_parquet(path).cast({"item": pl.String, "title": pl.String})
+            if items["item"].has_nulls() or items["title"].has_nulls() or items["item"].is_duplicated().any():
+                raise ValueError("an item has no name or title, or that of another")
+        return items
 
     @property
     def finished(self) -> bool:
@@ -218,6 +228,8 @@ def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
         n_items = len(next(state[name] for name in ("codes", "item_id", "features") if name in state))
+        with torch.device("meta"):  # sizes that are not those of the weights allocate nothing
+            build_model(config, n_items, semantic_ids, state.get("features")).load_state_dict(state, assign=True)
         model = build_model(config, n_items, semantic_ids, state.get("features"))
         model.load_state_dict(state)
     return model.eval()
@@ -269,9 +281,8 @@ def damage_named(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing; {REPAIR}") from None
     except DAMAGE as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {reason}); {REPAIR}"
+            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {one_line(error)}); {REPAIR}"
         ) from error
 
 

@@ -3,10 +3,11 @@
     python tools/fuzz.py [TARGET ...] [--inputs 3000] [--corpus DIR] [--replay FILE]
 
 A target is one file of a valid folder; arguments choose those whose names start so. In a process of its own it is
-replaced, --inputs times, by what atheris makes of its valid content, with a fixed seed. A finding is an exception that
-is no `ValueError` or `TypeError` of one line naming a file, data that cannot be used, 1 GB of memory, or 20 seconds. Its
-input is kept in build/fuzz, and the exit code is 1. `TARGET --replay FILE` feeds such an input again. With --corpus,
-inputs that reached new code are kept in DIR/TARGET, and are where the next call starts.
+replaced, --inputs times, by what atheris makes of its valid content, with a fixed seed; a tenth as often where reading
+takes long. A finding is an exception that is no `ValueError` or `TypeError` of one line naming a file, data that cannot
+be used, 1 GB of memory, or 20 seconds. Its input is kept in build/fuzz, and the exit code is 1. `TARGET --replay FILE`
+feeds such an input again. With --corpus, inputs that reached new code are kept in DIR/TARGET, and are where the next
+call starts.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ try:
 except ImportError:
     atheris = None
 with atheris.instrument_imports(include=["bbqrec", "yaml"]) if atheris else nullcontext():
-    import bbqrec.serving.files
-    import bbqrec.training.trainer
     from bbqrec.config import Config
 
 import numpy as np
@@ -49,6 +48,7 @@ import torch
 from bbqrec.data import Dataset, Features, formats
 from bbqrec.data.demo import make_demo_dataset
 from bbqrec.data.text import with_text_features
+from bbqrec.evaluation.ranking import METRICS
 from bbqrec.models.build import build_model
 from bbqrec.serving.files import read_requests
 from bbqrec.serving.recommender import NEW_ITEMS, BBQRec
@@ -123,6 +123,7 @@ class Target:
         tokens: what changes may put in.
         wrap: makes a file of an input, where few changes of the file itself would be read.
         seeds: inputs to start from, beside the file's own content; where there is a `wrap`, instead of it.
+        is_slow: whether it gets a tenth of the inputs.
     """
 
     make: Callable[[Path], Any]
@@ -131,6 +132,7 @@ class Target:
     tokens: tuple[str, ...] = ()
     wrap: Callable[[bytes], bytes] = bytes
     seeds: tuple[bytes, ...] = ()
+    is_slow: bool = False
 
 
 def files(**contents: str | bytes) -> Callable[[Path], None]:
@@ -254,8 +256,24 @@ REVIEWS = files(Tiny_5__json=lines({"user_id": "U", "asin": "B", "parent_asin": 
 REQUESTS = files(requests__jsonl=lines({"user": "u", "history": ["a"], "timestamps": [1]}, ["a", "b"]))
 
 
+def facts_folder(folder: Path) -> None:
+    """A run folder without a model."""
+    (folder / "config.yaml").write_text("{}")
+    write_json(
+        folder / "run.json", {"data": {"name": "d", "path": "d", "fingerprint": "0"}, "versions": {"torch": "2"}}
+    )
+    numbers = dict.fromkeys(("users", *METRICS), 1)
+    splits = {"validation": numbers, "test": numbers}
+    write_json(folder / "metrics.json", {"candidates": "all", "most_popular": splits, **splits})
+    figures = {"usage": [1], "perplexity": [1], "collision_rate": 0, "agreement": None}
+    write_json(folder / "tokenizer.json", {**figures, "residual": {}, "reconstruction": {}})
+    files(logs___version_0___metrics__csv="epoch,train/loss,validation/ndcg@10\n0,1.5,\n0,,0.25\n")(folder)
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 1}, folder / "last.ckpt")
+
+
 def run_folder(folder: Path) -> None:
     """A run folder of a model that nobody trained."""
+    facts_folder(folder)
     data = make_demo_dataset(n_users=20, n_items=40)
     words = with_text_features(Dataset(data.name, data.item_ids, data.user_ids, data.histories, texts=data.texts))
     features = {
@@ -269,20 +287,11 @@ def run_folder(folder: Path) -> None:
     save_weights(tokenizer.state_dict(), folder / TOKENIZER)
     ids = tokenizer.semantic_ids()
     ids.save_table(folder / "semantic_ids.parquet", data.item_ids, [data.title(i) for i in range(data.n_items)])
-    write_json(folder / "tokenizer.json", {**ids.figures(), **tokenizer.fidelity()})
     save_preparation(folder, features)
     save_model(build_model(config, data.n_items, ids, catalogue_features(features)), folder / "model.safetensors")
-    write_json(
-        folder / "run.json", {"data": {"name": "d", "path": "d", "fingerprint": "0"}, "versions": {"torch": "2"}}
-    )
-    numbers = dict.fromkeys(("users", *bbqrec.training.run.METRICS), 1)
-    splits = {"validation": numbers, "test": numbers}
-    write_json(folder / "metrics.json", {"candidates": "all", "most_popular": splits, **splits})
     model = BBQRec.load(folder)
     model.add_items(["new"], titles=["New"], features={"image": np.ones((1, 3))})
     model.save_new_items()
-    files(logs___version_0___metrics__csv="epoch,train/loss,validation/ndcg@10\n0,1.5,\n0,,0.25\n")(folder)
-    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 1}, folder / "last.ckpt")
 
 
 def targets() -> dict[str, Target]:
@@ -316,17 +325,21 @@ def targets() -> dict[str, Target]:
             files(config__yaml="model: {dim: 8}\ntraining:\n  seed: 1\n"), "config.yaml", read_config, YAML
         ),
         "requests.jsonl": Target(REQUESTS, "requests.jsonl", read_requests_of, JSON),
-        "run-run.json": Target(run_folder, "run.json", read_facts, JSON),
-        "run-metrics.json": Target(run_folder, "metrics.json", lambda folder: Run(folder).metrics, JSON),
-        "run-tokenizer.json": Target(run_folder, "tokenizer.json", lambda folder: Run(folder).tokenizer_figures, JSON),
+        "run-run.json": Target(facts_folder, "run.json", read_facts, JSON),
+        "run-metrics.json": Target(facts_folder, "metrics.json", lambda folder: Run(folder).metrics, JSON),
+        "run-tokenizer.json": Target(
+            facts_folder, "tokenizer.json", lambda folder: Run(folder).tokenizer_figures, JSON
+        ),
         "run-semantic_ids.parquet": Target(run_folder, "semantic_ids.parquet", read_items),
         "run-features.parquet": Target(run_folder, FEATURES, lambda folder: Run(folder).item_encoder),
         "run-words.parquet": Target(run_folder, WORDS, lambda folder: Run(folder).item_encoder),
         "run-tokenizer.safetensors": Target(run_folder, TOKENIZER, lambda folder: Run(folder).item_encoder),
-        "run-model.safetensors": Target(run_folder, "model.safetensors", lambda folder: Run(folder).model),
-        "run-new_items.parquet": Target(run_folder, NEW_ITEMS, read_new_items),
-        "run-metrics.csv": Target(run_folder, "logs/version_0/metrics.csv", lambda folder: read_log(folder / "logs")),
-        "run-last.ckpt": Target(run_folder, "last.ckpt", lambda folder: read_checkpoint(folder / "last.ckpt")),
+        "run-model.safetensors": Target(
+            run_folder, "model.safetensors", lambda folder: Run(folder).model, is_slow=True
+        ),
+        "run-new_items.parquet": Target(run_folder, NEW_ITEMS, read_new_items, is_slow=True),
+        "run-metrics.csv": Target(facts_folder, "logs/version_0/metrics.csv", lambda folder: read_log(folder / "logs")),
+        "run-last.ckpt": Target(facts_folder, "last.ckpt", lambda folder: read_checkpoint(folder / "last.ckpt")),
     }
 
 
@@ -368,7 +381,7 @@ def fuzz(name: str, target: Target, inputs: int, corpus: Path | None) -> None:
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         options = {
-            "runs": inputs,
+            "runs": inputs // 10 if target.is_slow else inputs,
             "seed": 1,
             "max_len": max(LONGEST, *(path.stat().st_size for path in start.iterdir())),
             "len_control": 0,  # long inputs from the start

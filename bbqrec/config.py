@@ -59,7 +59,7 @@ class ModelConfig(Section):
     """The sequence model: a pre-norm causal Transformer over items."""
 
     dim: int = Field(64, ge=1, description="width of item vectors and hidden states")
-    layers: int = Field(2, ge=1, description="Transformer layers")
+    layers: int = Field(2, ge=1, le=256, description="Transformer layers")
     heads: int = Field(2, ge=1, description="attention heads of a layer")
     dropout: float = Field(0.5, ge=0, lt=1, description="share of the activations that training drops")
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")

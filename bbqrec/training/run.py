@@ -227,7 +227,10 @@ def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
         if "codes" in state:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
-        n_items = len(next(state[name] for name in ("codes", "item_id", "features") if name in state))
+        tables = [state[name] for name in ("codes", "item_id", "features") if name in state]
+        if not tables:
+            raise LookupError("it has no table of items")
+        n_items = len(tables[0])
         with torch.device("meta"):  # sizes that are not those of the weights allocate nothing
             build_model(config, n_items, semantic_ids, state.get("features")).load_state_dict(state, assign=True)
         model = build_model(config, n_items, semantic_ids, state.get("features"))

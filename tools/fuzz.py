@@ -16,6 +16,7 @@ import argparse
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -398,13 +399,17 @@ def fuzz(name: str, target: Target, inputs: int, corpus: Path | None) -> None:
             folders.insert(0, str(corpus / name))
         arguments = [f"-{key}={value}" for key, value in options.items()]
 
+        count = itertools.count(1)
+
         def feed_and_keep(content: bytes) -> None:
+            number = next(count)
             try:
                 feed(target, folder, content)
             except BaseException:
                 kept = FINDINGS / f"{name}-{hashlib.sha1(content).hexdigest()[:12]}"
                 kept.write_bytes(content)
-                print(f"Test unit written to {kept}", flush=True)  # as libFuzzer says of what it keeps
+                # as libFuzzer says it of crashes
+                print(f"stat::number_of_executed_units: {number}\nTest unit written to {kept}", flush=True)
                 raise
 
         atheris.Setup(["fuzz", *arguments, *folders], feed_and_keep)

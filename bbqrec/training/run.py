@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ DAMAGE = (  # what reading a broken or foreign file raises
     TypeError,
     AttributeError,
     OverflowError,
+    AssertionError,
+    struct.error,
 )
 REPAIR = "copy the run folder again, or fit into a new one"
 

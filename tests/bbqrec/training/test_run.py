@@ -122,3 +122,10 @@ def test_weights_beside_others_are_no_model(folder):
     save_file({"other": torch.ones(2)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: is damaged"):
         load_model(folder / "model.safetensors", Config())
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02J\0", b"\x80\x02", b"PK\3\4", b"\x80\x02]R."])
+def test_half_a_checkpoint_is_named(content, folder):
+    (folder / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt: is damaged"):
+        read_checkpoint(folder / "last.ckpt")

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bbqrec.data.files import one_line
+
 
 class Section(BaseModel):
     """A group of options: unknown keys are refused, values are checked on assignment too."""
@@ -57,7 +59,7 @@ class ModelConfig(Section):
     """The sequence model: a pre-norm causal Transformer over items."""
 
     dim: int = Field(64, ge=1, description="width of item vectors and hidden states")
-    layers: int = Field(2, ge=1, description="Transformer layers")
+    layers: int = Field(2, ge=1, le=256, description="Transformer layers")
     heads: int = Field(2, ge=1, description="attention heads of a layer")
     dropout: float = Field(0.5, ge=0, lt=1, description="share of the activations that training drops")
     max_length: int = Field(50, ge=1, description="latest interactions of a history that the model sees")
@@ -248,9 +250,28 @@ def flat_options(config: Config) -> dict[str, Any]:
     return flat
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without references: few lines of them can stand for more than fits into memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise _Reference(f"line {event.start_mark.line + 1} has a reference, *{event.anchor}; write out its value")
+        return super().compose_node(parent, index)
+
+
+class _Reference(Exception):
+    """Says where one is."""
+
+
 def _read_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except _Reference as error:
+        raise ValueError(f"{source}: {error}") from None
+    # of tags and dates that do not fit their text, such as !!int x or 2001-99-99, and of a thousand brackets
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source}: holds a value that cannot be read ({one_line(error)}); put it in quotes") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(

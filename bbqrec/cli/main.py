@@ -318,8 +318,9 @@ def recommend(
 ) -> None:
     """Recommend the next items of one history, or of many from a file (then as JSON lines)."""
     from bbqrec import BBQRec
+    from bbqrec.data.formats.tables import read_utf8
 
-    wanted = None if candidates is None else candidates.read_text(encoding="utf-8").split("\n")
+    wanted = None if candidates is None else read_utf8(candidates).replace("\r\n", "\n").split("\n")
     options = {"keep_history": keep_history, "candidates": wanted and [item for item in wanted if item]}
     if requests is not None:
         if history or items or timestamps:

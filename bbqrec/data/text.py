@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from bbqrec.data.dataset import Dataset, Features
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, read_parquet
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -49,7 +49,7 @@ class WordVectors:
 
     @classmethod
     def load(cls, path: Path) -> WordVectors:
-        frame = pl.read_parquet(path)
+        frame = read_parquet(path)
         return cls(frame["word"].to_list(), frame["weight"].to_numpy(), frame["direction"].to_numpy())
 
 

@@ -38,7 +38,8 @@ class Tiger(nn.Module):
         self.config = config
         self.register_buffer("codes", semantic_ids.codes.clone())
         self.register_buffer("codebooks", semantic_ids.codebooks.clone())  # not read here: what the codes stand for
-        self.tree = IDTree(self.codes, semantic_ids.codebook_size)
+        with torch.device(self.codes.device):  # the tree is of values, also where the rest is of shapes (`load_model`)
+            self.tree = IDTree(self.codes, semantic_ids.codebook_size)
         offsets = torch.tensor([0, *self.tree.sizes[:-1]]).cumsum(0)
         self.register_buffer("offsets", offsets, persistent=False)  # where the tokens of each depth start
         dim, depth = config.dim, self.tree.depth

@@ -33,14 +33,16 @@ def read_requests(lines: Iterable[str], name: str) -> Iterator[Request]:
         lines: of a file; empty ones are skipped.
         name: what to call it in errors.
 
-    Raises `ValueError` naming the line that is something else.
+    Raises `ValueError` naming the line that is something else, or the file that is not in UTF-8.
     """
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_decoded(lines, name), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+            if "\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()  # fails where half of a character is named
+        except (ValueError, RecursionError):
             value = None
         value = {"history": value} if isinstance(value, list) else value
         history = value.get("history") if isinstance(value, dict) else None
@@ -51,6 +53,13 @@ def read_requests(lines: Iterable[str], name: str) -> Iterator[Request]:
             )
         user = value.get("user")
         yield Request(f"{name}: line {number}", None if user is None else str(user), history, value.get("timestamps"))
+
+
+def _decoded(lines: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: is not UTF-8 ({error.reason}); save it in that encoding") from None
 
 
 def recommend_all(model: BBQRec, requests: Iterable[Request], k: int, **options: Any) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 
 from bbqrec.data.batches import PackedBatch, pack_histories
 from bbqrec.data.dataset import Histories, check_unique, unknown_item
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, read_parquet
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.item_encoder import ItemEncoder
@@ -338,7 +338,7 @@ def _read_new_items(
     path: Path, modalities: tuple[str, ...]
 ) -> tuple[list[str], list[str], torch.Tensor | None, torch.Tensor | None]:
     """What `BBQRec.save_new_items` wrote: names, titles, and codes and features, where the model has them."""
-    table = pl.read_parquet(path)
+    table = read_parquet(path)
     codes = features = None
     if modalities:
         codes = torch.stack([torch.tensor(table[f"{CODES}{name}"].to_list()) for name in modalities], dim=1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features, check_finite
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, read_parquet
 from bbqrec.data.text import WordVectors
 from bbqrec.tokenizer.model import Standardization, encoder, standardize
 from bbqrec_kernels import residual_quantize
@@ -50,29 +50,27 @@ def save_preparation(folder: Path, features: dict[str, Features], directions: Te
             feature.words.save(folder / WORDS)
 
 
-def read_standardizations(path: Path) -> dict[str, Standardization]:
-    """What `save_preparation` wrote, by modality."""
-    return {
-        row["modality"]: Standardization(np.array(row["mean"]), np.array(row["constant"]), row["scale"])
-        for row in pl.read_parquet(path).iter_rows(named=True)
-    }
-
-
-def read_directions(path: Path) -> Tensor | None:
-    """What `save_preparation` wrote: `(F, width)`, or None."""
-    written = pl.read_parquet(path)
-    if "directions" not in written.columns:
-        return None
-    return torch.from_numpy(np.concatenate([np.array(rows.to_list()) for rows in written["directions"]])).float()
+def read_preparation(path: Path) -> tuple[dict[str, Standardization], Tensor | None]:
+    """What `save_preparation` wrote: how to standardize, by modality, and the directions, or None."""
+    standardizations, blocks = {}, []
+    for row in read_parquet(path).iter_rows(named=True):
+        mean = np.array(row["mean"])
+        standardizations[row["modality"]] = Standardization(mean, np.array(row["constant"]), row["scale"])
+        if "directions" in row:
+            blocks.append(np.array(row["directions"], np.float32))
+            if blocks[-1].shape != (len(mean), blocks[0].shape[1]):
+                raise ValueError(f"directions of {row['modality']!r} do not fit its features")
+    return standardizations, torch.from_numpy(np.concatenate(blocks)) if blocks else None
 
 
 def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> list[tuple[nn.Module, Tensor]]:
     """Encoders of features of these widths out of a tokenizer's weights, each with its codebooks."""
     state = load_file(path)
-    encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
+    with torch.device("meta"):  # sizes that are not those of the weights allocate nothing
+        encoders = nn.ModuleList(encoder(width, config.hidden, config.dim) for width in widths)
     prefix = "encoders."
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    encoders.load_state_dict(own)
+    encoders.load_state_dict(own, assign=True)
     books = [0 if config.shared_codebooks else m for m in range(len(widths))]
     return [(each, state[f"quantizers.{book}.codebooks"]) for each, book in zip(encoders, books, strict=True)]
 

@@ -9,6 +9,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bbqrec.data.files import panics_raised
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.run import damage_named
 
@@ -22,11 +23,18 @@ def read_log(folder: Path) -> pl.DataFrame:
     for path in versions:
         if path.stat().st_size:
             with damage_named(path):
-                frames.append(pl.read_csv(path, infer_schema_length=None))
+                frames.append(_read(path))
     if not frames:
         return pl.DataFrame({"epoch": []})
     rows = pl.concat(frames, how="diagonal_relaxed")
     return rows.group_by("epoch").agg(pl.all().drop_nulls().last()).sort("epoch")
+
+
+def _read(path: Path) -> pl.DataFrame:
+    """All columns are numbers."""
+    with panics_raised():
+        frame = pl.read_csv(path, infer_schema=False, glob=False)
+        return frame.select(pl.col("epoch").cast(pl.Int64), pl.exclude("epoch").cast(pl.Float64))
 
 
 def save_curves(path: Path, logs: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
-from bbqrec.data.files import atomically
+from bbqrec.data.files import atomically, one_line, read_parquet
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.data.text import WordVectors
 from bbqrec.evaluation.ranking import METRICS, evaluate
@@ -47,9 +48,8 @@ from bbqrec.tokenizer.item_encoder import (
     TOKENIZER,
     WORDS,
     ItemEncoder,
-    read_directions,
     read_encoders,
-    read_standardizations,
+    read_preparation,
 )
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 
@@ -63,6 +63,9 @@ DAMAGE = (  # what reading a broken or foreign file raises
     LookupError,
     TypeError,
     AttributeError,
+    OverflowError,
+    AssertionError,
+    struct.error,
 )
 REPAIR = "copy the run folder again, or fit into a new one"
 
@@ -87,7 +90,13 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """`run.json`."""
-        return read_json(self.folder / "run.json", {"data": ("name", "path", "fingerprint"), "versions": ()})
+        path = self.folder / "run.json"
+        facts = read_json(path, {"data": ("name", "path", "fingerprint"), "versions": ()})
+        with damage_named(path):
+            for key, value in facts["data"].items():
+                if not isinstance(value, str) and (key, value) != ("path", None):
+                    raise TypeError(f"data has {key} {value!r}")
+        return facts
 
     @cached_property
     def items(self) -> pl.DataFrame:
@@ -96,7 +105,10 @@ class Run:
         if not path.is_file():
             self._require_finished()
         with damage_named(path):
-            return pl.read_parquet(path).cast({"item": pl.String, "title": pl.String})
+            items = read_parquet(path).cast({"item": pl.String, "title": pl.String})
+            if items["item"].has_nulls() or items["title"].has_nulls() or items["item"].is_duplicated().any():
+                raise ValueError("an item has no name or title, or that of another")
+        return items
 
     @property
     def finished(self) -> bool:
@@ -172,7 +184,7 @@ class Run:
             with damage_named(self.folder / name):
                 return reader(self.folder / name, *arguments)
 
-        standardizations, directions = read(FEATURES, read_standardizations), read(FEATURES, read_directions)
+        standardizations, directions = read(FEATURES, read_preparation)
         words = read(WORDS, WordVectors.load) if (self.folder / WORDS).is_file() else None
         encoders = None
         if self.config.model_name != "sasrec":
@@ -218,7 +230,12 @@ def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
         if "codes" in state:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
-        n_items = len(next(state[name] for name in ("codes", "item_id", "features") if name in state))
+        tables = [state[name] for name in ("codes", "item_id", "features") if name in state]
+        if not tables:
+            raise LookupError("it has no table of items")
+        n_items = len(tables[0])
+        with torch.device("meta"):  # sizes that are not those of the weights allocate nothing
+            build_model(config, n_items, semantic_ids, state.get("features")).load_state_dict(state, assign=True)
         model = build_model(config, n_items, semantic_ids, state.get("features"))
         model.load_state_dict(state)
     return model.eval()
@@ -270,9 +287,8 @@ def damage_named(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing; {REPAIR}") from None
     except DAMAGE as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {reason}); {REPAIR}"
+            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {one_line(error)}); {REPAIR}"
         ) from error
 
 

@@ -77,10 +77,10 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
         )
         latest = stage.checkpoints / "last.ckpt"
         if resumes := latest.is_file():
-            _load_checkpoint(latest)  # damage is told from what goes wrong in training
+            read_checkpoint(latest)  # damage is told from what goes wrong in training
         _fit_interruptibly(trainer, module, latest if resumes else None)
         trainer.strategy.barrier()  # the first process writes checkpoints
-    best = _load_checkpoint(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"))
+    best = read_checkpoint(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"))
     return {**best, "epochs_run": trainer.current_epoch}
 
 
@@ -135,7 +135,7 @@ class _Patience(EarlyStopping):
                     group["lr"] /= 3
 
 
-def _load_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     with damage_named(path):  # written on a GPU, it may be read without one
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -2,6 +2,8 @@
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.config import DEFAULTS_OF_MODEL, Config, ModelConfig, TokenizerConfig, flat_options, option_names
 
@@ -171,3 +173,47 @@ def test_what_a_model_reads_is_not_refused():
     tiger = {"dim": 32, "layers": 1, "heads": 4, "dropout": 0.3, "max_length": 9, "beam": 20}
     Config().override({"model_name": "tiger", **{f"model.{key}": value for key, value in tiger.items()}}).check_read()
     Config().override(["model.reweighting=false", "model.content=false"]).check_read()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\n", r"a\.yaml: line 2 has a reference, \*a; write out its value"),
+        ("a: &a {x: 1}\nb: {<<: [*a, *a]}\n", r"a\.yaml: line 2 has a reference"),
+        ("&a [*a]\n", r"a\.yaml: line 1 has a reference"),
+        ("training: {seed: !!int x}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("training: {seed: !!int ''}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("training: {seed: !!bool x}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("training: {seed: !!timestamp x}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("training: {seed: 2001-99-99}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("training: {seed: " + "9" * 5000 + "}\n", r"a\.yaml: holds a value that cannot be read"),
+        ("[" * 2000, r"a\.yaml: holds a value that cannot be read"),
+        ("a: !!python/object/apply:os.getcwd []\n", r"a\.yaml: not YAML \(line 1\)"),
+        ("a: !!python/name:os.getcwd\n", r"a\.yaml: not YAML \(line 1\)"),
+    ],
+)
+def test_a_file_that_says_more_than_options_is_refused(text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        Config.load(tmp_path / "a.yaml")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(tmp_path, data):
+    content = b"model: {dim: 8}\ntraining:\n  seed: 1\n"
+    pieces = st.sampled_from(
+        [b"&a ", b"*a", b"!!int ", b"!!set ", b"[", b"? ", b"\xff", b"'", b": ", b"0x", b"2001-99-99"]
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 3))
+        content = content[:at] + data.draw(st.one_of(pieces, st.binary(max_size=3))) + content[at + length :]
+    (tmp_path / "a.yaml").write_bytes(content)
+    message = "a.yaml: "
+    try:
+        Config.load(tmp_path / "a.yaml")
+    except ValueError as refused:
+        message = str(refused)
+    assert "a.yaml: " in message
+    assert len(message.splitlines()) == 1

@@ -19,7 +19,7 @@ import html
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -27,10 +27,13 @@ from typing import IO
 import polars as pl
 
 from bbqrec.data.dataset import Dataset, Histories
+from bbqrec.data.files import one_line, panics_raised
 from bbqrec.data.formats.tables import Table, encode
 
 LAYOUT = "reviews as .json or .jsonl, also .gz (Amazon 2014, 2018, 2023)"
 BLOCK_BYTES = 1 << 26
+LONGEST_LINE = 1 << 26  # bytes: a packed file of a megabyte may unpack to a line of a gigabyte
+DEEPEST_TEXT = 8  # lists in lists
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 USERS, ITEMS, TIMES = ("user_id", "reviewerID"), ("parent_asin", "asin"), ("timestamp", "unixReviewTime")
 TEXTS = {
@@ -82,9 +85,8 @@ def _read_reviews(path: Path) -> tuple[Table, bool]:
     kinds = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
     schema = {key: kinds[column] for column, key in keys.items() if key is not None}
     try:
-        with _open(path) as file:  # in blocks, as review texts may not fit into memory
-            blocks = iter(lambda: file.readlines(BLOCK_BYTES), [])
-            frame = pl.concat([pl.read_ndjson(b"".join(block), schema=schema) for block in blocks])
+        with panics_raised():
+            frame = pl.concat([pl.read_ndjson(block, schema=schema) for block in _blocks(path)])
     except pl.exceptions.PolarsError as error:
         for line, record in _records(path):  # says which line, if it is no JSON at all
             value = record.get(keys["timestamp"], 0)
@@ -92,7 +94,7 @@ def _read_reviews(path: Path) -> tuple[Table, bool]:
                 raise ValueError(
                     f"{path}: line {line} has {keys['timestamp']} {value!r}, expected a whole number"
                 ) from None
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); download it again") from None
+        raise ValueError(f"{path}: cannot be read ({one_line(error)}); download it again") from None
     table = Table(frame.rename({key: column for column, key in keys.items() if key is not None}), path, first_line=1)
     return table.with_ids("user", "item"), keys["timestamp"] == "timestamp"
 
@@ -101,7 +103,7 @@ def _read_texts(path: Path, item_ids: list[str]) -> dict[str, list[str]]:
     wanted, found = set(item_ids), {}
     for line, record in _records(path):
         item = next((record[key] for key in ITEMS if record.get(key)), None)
-        if item is None:
+        if not isinstance(item, str):
             raise ValueError(f"{path}: line {line} names no item, expected {' or '.join(ITEMS)}")
         if item in wanted and item not in found:
             found[item] = {
@@ -116,11 +118,17 @@ def _read_texts(path: Path, item_ids: list[str]) -> dict[str, list[str]]:
     return {column: values for column, values in texts.items() if any(values)}
 
 
-def _text(value: object) -> str:
+def _text(value: object, depth: int = 0) -> str:
     """Lists, also of lists, as words with commas between; entities such as &amp; as what they stand for."""
     if isinstance(value, list):
-        return ", ".join(text for text in map(_text, value) if text)
-    return " ".join(html.unescape(value).split()) if isinstance(value, str) else ""
+        texts = (_text(part, depth + 1) for part in value) if depth < DEEPEST_TEXT else ()
+        return ", ".join(text for text in texts if text)
+    if not isinstance(value, str):
+        return ""
+    with suppress(ValueError):  # a number of thousands of digits
+        value = html.unescape(value)
+    # JSON can name half of a character, which no file can hold
+    return " ".join(value.encode(errors="replace").decode().split())
 
 
 def _kind(path: Path) -> str | None:
@@ -138,7 +146,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict]]:
     """Number (from 1) and content of each line. Raises `ValueError` where a line is no object, or there is no line."""
     empty = True
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: _line(file, path), b""), 1):
             if line.strip():
                 empty = False
                 yield number, _object(line, path, number)
@@ -146,17 +154,35 @@ def _records(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: has no lines, expected at least one")
 
 
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Whole lines, in blocks: review texts may not fit into memory."""
+    with _open(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block + _line(file, path)
+
+
+def _line(file: IO[bytes], path: Path) -> bytes:
+    line = file.readline(LONGEST_LINE)
+    if len(line) == LONGEST_LINE:
+        raise ValueError(f"{path}: has a line of more than {LONGEST_LINE >> 20} MB; download the file again")
+    return line
+
+
 def _object(line: bytes, path: Path, number: int) -> dict:
-    try:
-        value = json.loads(line)
-    except ValueError:
+    for parse in (json.loads, _literal):
         try:
-            value = ast.literal_eval(line.decode())  # metadata of 2014 is written as Python, with single quotes
-        except (ValueError, SyntaxError):
-            value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: line {number} is no JSON object; download the file again")
-    return value
+            value = parse(line)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all of them of broken text
+            continue
+        if isinstance(value, dict):
+            return value
+        break
+    raise ValueError(f"{path}: line {number} is no JSON object; download the file again")
+
+
+def _literal(line: bytes) -> object:
+    """Metadata of 2014 is written as Python, with single quotes. Nothing in it is run."""
+    return ast.literal_eval(line.decode())
 
 
 @contextmanager

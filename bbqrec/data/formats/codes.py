@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec.data.dataset import Features
+from bbqrec.data.files import one_line
 
 _DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
 _UNREADABLE = (  # what a broken or hostile file raises; NumPy parses headers as Python
@@ -52,7 +53,7 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
                 first.setdefault(name.partition("_")[0], (name, member))
             codes = {modality: (name, _read_array(file, member)) for modality, (name, member) in first.items()}
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{path}: holds an array that cannot be read ({reason}); write it with numpy.savez") from None
     if not codes:
         raise ValueError(f"{path}: holds no arrays, expected codes of shape ({n_items}, levels)")

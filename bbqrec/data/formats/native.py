@@ -23,7 +23,8 @@ import numpy as np
 import polars as pl
 
 from bbqrec.data.dataset import Dataset, Features, Histories, check_finite, check_unique
-from bbqrec.data.formats.tables import Table, encode, positions
+from bbqrec.data.files import one_line, panics_raised, read_parquet
+from bbqrec.data.formats.tables import Table, encode, positions, read_utf8
 
 LAYOUT = "interactions.parquet or interactions.csv (columns user, item, timestamp)"
 
@@ -128,9 +129,13 @@ def _read_table(path: Path, required: tuple[str, ...]) -> Table:
     """A table with the `required` columns as strings, none of them empty."""
     try:
         # everything in a CSV file is text first, so that an ID such as 007 stays what it is
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
+        if path.suffix == ".parquet":
+            frame = read_parquet(path)
+        else:
+            with panics_raised():
+                frame = pl.read_csv(path, infer_schema=False, glob=False)
     except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write the file again") from None
+        raise ValueError(f"{path}: cannot be read ({one_line(error)}); write the file again") from None
     return Table(frame, path).with_ids(*required)
 
 
@@ -141,17 +146,20 @@ def _read_features(path: Path, item_ids: list[str]) -> Features:
     names = _read_lines(names_path)
     try:
         # mapped, a header that claims more than the file has is refused before anything is allocated
-        values = np.lib.format.open_memmap(path, mode="r")
+        with np.errstate(over="ignore"):  # of the size that it claims
+            values = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as error:  # NumPy parses the header
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: is no NumPy array of numbers ({reason}); write it with numpy.save") from None
+        raise ValueError(
+            f"{path}: is no NumPy array of numbers ({one_line(error)}); write it with numpy.save"
+        ) from None
     if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.shape[1]:
         raise ValueError(f"{path}: got {values.dtype} of shape {values.shape}, expected numbers of shape (rows, width)")
     if len(values) != len(names):
         raise ValueError(
             f"{path}: got {len(values)} rows, expected {len(names)} (one for each line of {names_path.name})"
         )
-    values = np.array(values, np.float32)
+    with np.errstate(over="ignore"):  # what float32 does not hold is refused as infinity
+        values = np.array(values, np.float32)
     check_finite(values, str(path))
     known = set(item_ids)
     names = [name if name in known else name.strip(" \t") for name in names]
@@ -169,9 +177,5 @@ def _read_features(path: Path, item_ids: list[str]) -> Features:
 
 def _read_lines(path: Path) -> list[str]:
     """Lines end in a newline only: `str.splitlines` splits at characters that an ID may hold, such as U+2028."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 (byte {error.start}); save it in that encoding") from None
-    text = text.replace("\r\n", "\n").rstrip("\n")
+    text = read_utf8(path).replace("\r\n", "\n").rstrip("\n")
     return text.split("\n") if text else []

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bbqrec.data.dataset import Dataset, Histories, check_unique
-from bbqrec.data.formats.tables import Table, encode, read_separated
+from bbqrec.data.formats.tables import Table, encode, listed, read_separated
 
 LAYOUT = "<name>.inter with a header such as user_id:token (RecBole)"
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -74,7 +74,7 @@ def _read_atomic(path: Path) -> tuple[Table, dict[str, str]]:
             )
     names = [name for name, _, _ in fields]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two columns have the same name, got {', '.join(names)}")
+        raise ValueError(f"{path}: two columns have the same name, got {listed(names)}")
     return replace(table, frame=table.frame.rename(dict(zip(table.columns, names, strict=True)))), {
         name: kind for name, _, kind in fields
     }

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from bbqrec.data.files import one_line, panics_raised
+
 BLOCK_BYTES = 1 << 24
 
 
@@ -46,17 +48,29 @@ class Table:
         return f"row {row + 1} (counted from 1)" if self.first_line is None else f"line {row + self.first_line}"
 
     def with_ids(self, *names: str) -> Table:
-        """The same table with these columns as strings. Raises `ValueError` if one is missing or empty in a row."""
+        """The same table with these columns as strings.
+
+        Raises `ValueError` if one is missing or empty in a row, `TypeError` if it has no strings and no numbers.
+        """
         frame = self.frame
         for name in names:
             if name not in self.columns:
-                raise ValueError(f"{self.path}: got columns {', '.join(self.columns)}, expected a column {name!r}")
-            column = frame[name].cast(pl.String)
+                raise ValueError(f"{self.path}: got columns {listed(self.columns)}, expected a column {name!r}")
+            column = self._strings(frame[name])
             empty = (column.is_null() | (column == "")).fill_null(True)
             if empty.any():
                 raise ValueError(f"{self.path}: column {name!r} is empty in {self.place(empty.arg_max())}")
             frame = frame.with_columns(column)
         return replace(self, frame=frame)
+
+    def _strings(self, column: pl.Series) -> pl.Series:
+        try:
+            if not (column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object)):
+                with panics_raised():
+                    return column.cast(pl.String)
+        except pl.exceptions.PolarsError:  # a date that no calendar has
+            pass
+        raise TypeError(f"{self.path}: column {column.name!r} is of {column.dtype}, expected strings or numbers")
 
     def listed(self, name: str, ids: Sequence[str], listed_in: str) -> np.ndarray:
         """`(rows,)` int64, index of each value of a column among `ids`. Raises `ValueError` if one is not there."""
@@ -82,7 +96,7 @@ class Table:
             if parsed.has_nulls():  # looking for dates takes longest
                 parsed = min(parsed, _float64(column), _dates(column), key=pl.Series.null_count)
         elif column.dtype in (pl.Date, pl.Datetime):
-            parsed = column.cast(pl.Datetime("us")) if column.dtype == pl.Date else column
+            parsed = column.cast(pl.Datetime("us"), strict=False) if column.dtype == pl.Date else column
         elif column.dtype.is_numeric():
             parsed = _int64(column) if column.dtype.is_integer() else _float64(column)
         else:
@@ -90,7 +104,7 @@ class Table:
         if parsed.has_nulls():
             row = parsed.is_null().arg_max()
             raise ValueError(
-                f"{self.path}: {self.place(row)} has timestamp {column[row]!r}, expected a number or a date"
+                f"{self.path}: {self.place(row)} has timestamp {_shown(column, row)}, expected a number or a date"
             )
         if isinstance(parsed.dtype, pl.Datetime) and parsed.dtype.time_zone is not None:
             parsed = parsed.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
@@ -118,7 +132,7 @@ def read_separated(
             columns = lines[0].split(separator)
             first_line, line, lines = 2, 2, lines.slice(1)
         if len(set(columns)) < len(columns):
-            raise ValueError(f"{path}: two columns have the same name, got {', '.join(columns)}")
+            raise ValueError(f"{path}: two columns have the same name, got {listed(columns)}")
         counts = lines.str.count_matches(separator, literal=True) + 1
         wrong = counts != len(columns)
         if wrong.any():
@@ -139,6 +153,14 @@ def read_separated(
 def read_lines(path: Path) -> pl.Series:
     """The lines of a text file in UTF-8, otherwise in Latin-1, without the empty ones at its end."""
     return pl.concat([pl.Series([], dtype=pl.String), *_blocks(path)])
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark. Raises `ValueError` if it is not in UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 (byte {error.start}); save it in that encoding") from None
 
 
 def _blocks(path: Path) -> Iterator[pl.Series]:
@@ -169,6 +191,11 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names for a message."""
+    return one_line(", ".join(names))
+
+
 def encode(column: pl.Series) -> tuple[np.ndarray, list[str]]:
     """Indices in order of appearance, and the names they stand for."""
     names = column.unique(maintain_order=True)
@@ -182,6 +209,14 @@ def positions(column: pl.Series, names: Sequence[str]) -> np.ndarray:
     return found.to_numpy().copy()
 
 
+def _shown(column: pl.Series, row: int) -> str:
+    try:
+        with panics_raised():
+            return repr(column[row])
+    except (pl.exceptions.PolarsError, ValueError, OverflowError):
+        return "out of range"
+
+
 # Null where a value is none of the kind:
 
 
@@ -191,7 +226,7 @@ def _int64(column: pl.Series) -> pl.Series:
 
 def _float64(column: pl.Series) -> pl.Series:
     numbers = column.cast(pl.Float64, strict=False)
-    return numbers.set(~numbers.is_finite(), None)
+    return numbers.set(~(numbers.abs() < 2.0**63).fill_null(False), None)  # what int64 does not hold is no time
 
 
 def _dates(column: pl.Series) -> pl.Series:

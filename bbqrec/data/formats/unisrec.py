@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from bbqrec.data.dataset import Dataset, Features, Histories, check_finite, check_unique
+from bbqrec.data.formats.tables import read_utf8
 
 LAYOUT = "<name>.item2index beside <name>.test.inter (UniSRec)"
+LONGEST_INDEX = 18  # digits
 MODALITIES = {"text": "feat1CLS", "image": "feat3CLS"}
 
 
@@ -96,7 +98,7 @@ def _read_features(path: Path, n_items: int) -> Features:
 
 def _rows(path: Path, n_columns: int, header: bool = True):
     """Line number (from 1) and columns of each line below the header."""
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also break at U+2028 inside a text
+    lines = read_utf8(path).split("\n")  # splitlines() would also break at U+2028 inside a text
     if not any(lines[header:]):
         raise ValueError(f"{path}: has no lines{' below its header' if header else ''}, expected at least one")
     for number, line in enumerate(lines[header:], 1 + header):
@@ -110,6 +112,6 @@ def _rows(path: Path, n_columns: int, header: bool = True):
 
 
 def _index(text: str, path: Path, line: int) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{path}: line {line} has {text!r} where an index is expected (0, 1, 2, ...)")
+    if not text.isdecimal() or len(text) > LONGEST_INDEX:
+        raise ValueError(f"{path}: line {line} has {text[:60]!r} where an index is expected (0, 1, 2, ...)")
     return int(text)

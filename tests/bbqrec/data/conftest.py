@@ -1,11 +1,13 @@
 """A tiny data set with everything in it: times, an item without interaction, an item without image, texts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from bbqrec.data import Dataset, Features, Histories
+from bbqrec.data import Dataset, Features, Histories, formats
 
 
 @pytest.fixture
@@ -36,3 +38,28 @@ def folder(tmp_path: Path) -> Path:
     np.save(tmp_path / "features" / "image.npy", np.array([[1.0, 2.0], [3.0, 4.0]]))
     (tmp_path / "features" / "image.items.txt").write_text("c\na\n")
     return tmp_path
+
+
+@pytest.fixture
+def survives() -> Callable[[Path, st.DataObject, tuple[bytes, ...]], None]:
+    """Changes a valid file as Hypothesis says and reads its folder: a data set, or one sentence that names a file."""
+
+    def check(path: Path, data: st.DataObject, pieces: tuple[bytes, ...]) -> None:
+        valid = path.read_bytes()
+        content = valid
+        for _ in range(data.draw(st.integers(1, 4))):
+            at, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 3))
+            piece = data.draw(st.one_of(st.sampled_from(pieces), st.binary(max_size=3)))
+            content = content[:at] + piece + content[at + length :]
+        path.write_bytes(content)
+        message = path.name
+        try:
+            formats.read(path.parent).fingerprint()
+        except (ValueError, TypeError) as refused:
+            message = str(refused)
+        finally:
+            path.write_bytes(valid)
+        assert any(other.name in message for other in path.parent.iterdir())
+        assert len(message.splitlines()) == 1
+
+    return check

@@ -2,8 +2,12 @@
 
 import gzip
 import json
+import re
+import tracemalloc
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset
 from bbqrec.data.formats import amazon
@@ -134,6 +138,7 @@ def metadata(content):
         (metadata(b""), r"meta_Tiny\.json\.gz: has no lines"),
         (metadata(lines(METADATA_2018) + b"oops\n"), r"meta_Tiny\.json\.gz: line 4 is no JSON object"),
         (metadata(lines(METADATA_2018) + b'{"title": "x"}\n'), r"meta_Tiny\.json\.gz: line 4 names no item"),
+        (metadata(b'{"asin": ["B2"]}\n'), r"meta_Tiny\.json\.gz: line 1 names no item"),
         (metadata(lines(METADATA_2018[:1])), r"meta_Tiny\.json\.gz: describes no item that the reviews name"),
         (
             lambda folder: (folder / "meta_Tiny.json.gz").write_bytes(gzip.compress(lines(METADATA_2018))[:-20]),
@@ -154,3 +159,57 @@ def test_faults_name_the_file_and_the_line(folder, spoil, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+HALF = '{"asin": "B2", "title": "half \\ud800 a character"}\n'
+
+
+def test_half_of_a_character_becomes_a_question_mark(folder):
+    metadata(HALF.encode())(folder)
+    data = Dataset.load(folder)
+    assert data.texts == {"title": ["", "half ? a character"]}
+    data.fingerprint()
+
+
+def test_lists_in_lists_and_numbers_without_end_are_no_text(folder):
+    numeral = "&#" + "9" * 5000 + ";"
+    nested = "[" * 200 + "]" * 200
+    metadata(f'{{"asin": "B2", "title": "{numeral}", "category": ["a", {nested}]}}\n'.encode())(folder)
+    assert Dataset.load(folder).texts == {"title": ["", numeral], "categories": ["", "a"]}
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"{[]: 1}", b"(" * 100_000, b"-" * 100_000, b"{'asin': __import__('os')}"]
+)
+def test_what_neither_json_nor_python_reads_is_refused(line, folder):
+    metadata(lines(METADATA_2018) + line)(folder)
+    with pytest.raises(ValueError, match=r"meta_Tiny\.json\.gz: line 4 is no JSON object"):
+        Dataset.load(folder)
+
+
+@pytest.mark.parametrize("name", ["Tiny_5.json.gz", "meta_Tiny.json.gz"])
+def test_a_packed_line_without_end_is_not_unpacked(name, folder, monkeypatch):
+    monkeypatch.setattr(amazon, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(amazon, "BLOCK_BYTES", 1 << 10)
+    path = folder / name
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b" " * (1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: has a line of more than 1 MB"):
+        Dataset.load(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    (tmp_path / "Tiny_5.json").write_bytes(lines(REVIEWS_2018))
+    (tmp_path / "meta_Tiny.json").write_bytes(lines(METADATA_2018))
+    return tmp_path
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["Tiny_5.json", "meta_Tiny.json"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(unpacked, survives, name, data):
+    pieces = (b"[", b"{", b"null", b"[]", b"\\ud800", b"\n", b"'", b"NaN", b"9" * 30, b"&#9;", b"\xff")
+    survives(unpacked / name, data, pieces)

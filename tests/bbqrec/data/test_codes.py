@@ -154,3 +154,26 @@ def test_files_with_bytes_changed_load_or_are_refused(tmp_path_factory, data):
         message = "c.npz: " * all(len(each.values) == 4 for each in features.values())
     assert "c.npz: " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["../text.npy", "/text.npy", "..\\\\text.npy"])
+def test_nothing_is_unpacked_where_a_name_leads_out(name, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stream = io.BytesIO()
+    np.save(stream, np.array([[1], [2]]))
+    with zipfile.ZipFile(folder / "c.npz", "w") as file:
+        file.writestr(name, stream.getvalue())
+    read_codes(folder / "c.npz", 2)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "c.npz"]
+
+
+class Trap:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_codes_that_would_unpickle_are_refused(tmp_path):
+    np.savez(tmp_path / "c.npz", text=np.array([[Trap()], [Trap()]]))
+    with pytest.raises(ValueError, match=r"c\.npz: holds an array that cannot be read"):
+        read_codes(tmp_path / "c.npz", 2)

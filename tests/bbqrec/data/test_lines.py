@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset
 
@@ -110,3 +112,9 @@ def test_faults_name_the_file_and_the_line(folder, spoil, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["Tiny.txt", "Tiny_items.tsv"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(folder, survives, name, data):
+    survives(folder / name, data, (b" ", b"\\t", b"\\n", b"\\x1c", b"\\xff", b"-1", b"9" * 30))

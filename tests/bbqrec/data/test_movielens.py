@@ -1,6 +1,8 @@
 """MovieLens .dat files."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset
 from bbqrec.data.formats import tables
@@ -48,6 +50,7 @@ def test_movies_are_optional_and_lines_may_end_in_crlf(folder):
         ("ratings.dat", "1::10::5::1\n1::::5::1\n", r"ratings\.dat: column 'item' is empty in line 2"),
         ("ratings.dat", "1::10::5::1\n1::10::5::\n", r"ratings\.dat: column 'timestamp' is empty in line 2"),
         ("ratings.dat", "1::10::5::noon\n", r"ratings\.dat: line 1 has timestamp 'noon'"),
+        ("ratings.dat", "1::10::5::-1e19\n", r"ratings\.dat: line 1 has timestamp '-1e19'"),
         ("ratings.dat", "1::10::5::1\n1::11::5::1\n", r"ratings\.dat: line 2 has item '11', which movies\.dat does"),
         ("movies.dat", "10::A::B\n10::A::B\n", r"movies\.dat: '10' appears twice"),
         ("movies.dat", "10::A\n", r"movies\.dat: line 1 has 2 columns, expected 3"),
@@ -75,3 +78,9 @@ def test_blocks_end_anywhere(folder, monkeypatch):
             path.write_text("\n".join(wrong))
             with pytest.raises(ValueError, match=message):
                 Dataset.load(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["ratings.dat", "movies.dat"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(folder, survives, name, data):
+    survives(folder / name, data, (b"::", b"\\n", b"\\r\\n", b"\\xff", b"1e300", b"nan", b"2000-01-01"))

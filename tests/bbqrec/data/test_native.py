@@ -282,3 +282,75 @@ def test_features_with_bytes_flipped_load_or_are_refused(folder, data):
         message = "mutated.npy: " * bool(np.isfinite(features.values).all())
     assert "mutated.npy: " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", ["[2018]", "a*", "{a}", "k=v"])
+def test_a_folder_of_any_name_is_read_and_no_other(name, kind, tmp_path):
+    for folder, user in ((name, "own"), ("abc", "other's"), ("2", "other's")):
+        (tmp_path / folder).mkdir()
+        frame = pl.DataFrame({"user": [user], "item": ["a"]})
+        write_table = frame.write_csv if kind == "csv" else frame.write_parquet
+        with (tmp_path / folder / f"interactions.{kind}").open("wb") as file:
+            write_table(file)
+    assert Dataset.load(tmp_path / name).user_ids == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [([["u"]], "List"), ([{"a": 1}], "Struct"), ([b"\xff"], "Binary"), (pl.Series([2**31 - 1]).cast(pl.Date), "Date")],
+)
+def test_users_of_another_kind(column, kind, folder):
+    (folder / "interactions.csv").unlink()
+    pl.DataFrame({"user": column, "item": ["a"]}).write_parquet(folder / "interactions.parquet")
+    with pytest.raises(
+        TypeError, match=rf"interactions\.parquet: column 'user' is of {kind}.*, expected strings or num"
+    ):
+        Dataset.load(folder)
+
+
+@pytest.mark.parametrize(
+    "time",
+    [pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date), pl.Series([2**63], dtype=pl.UInt64), pl.Series([1e19])],
+)
+def test_times_that_no_int64_holds(time, folder):
+    (folder / "interactions.csv").unlink()
+    pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": time}).write_parquet(folder / "interactions.parquet")
+    with pytest.raises(
+        ValueError, match=r"interactions\.parquet: row 1 .* has timestamp .*, expected a number or a date"
+    ):
+        Dataset.load(folder)
+
+
+def test_broken_parquet_on_which_polars_panics_is_refused(folder, monkeypatch):
+    def panic(*arguments, **options):
+        raise pl.exceptions.PanicException("range end index 9\nout of range")
+
+    (folder / "interactions.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    with pytest.raises(ValueError, match=r"interactions\.parquet: cannot be read \(range end index 9 out of range\)"):
+        Dataset.load(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["interactions.csv", "items.csv"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(folder, survives, name, data):
+    survives(folder / name, data, (b",", b"\n", b'"', b"\xff", b"\0", b"1e300", b"9" * 30, b"nan", b"2000-01-01"))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_parquet_is_read_or_refused_by_name(folder, survives, data):
+    pl.read_csv(folder / "items.csv").write_parquet(folder / "items.parquet")
+    survives(folder / "items.parquet", data, (b"\xff", b"\0", b"PAR1"))
+
+
+class Trap:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_features_that_would_unpickle_are_refused(folder):
+    np.save(folder / "features" / "image.npy", np.array([[Trap()], [Trap()]]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"image\.npy: is no NumPy array of numbers"):
+        Dataset.load(folder)

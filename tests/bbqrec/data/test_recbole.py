@@ -1,6 +1,8 @@
 """RecBole atomic files."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset
 
@@ -75,6 +77,8 @@ def item(text, header=ITEM):
         (inter("u\ta\t1\t1\nu\ta\t1\n"), r"tiny\.inter: line 3 has 3 columns, expected 4 \('\\t' between\)"),
         (inter("u\ta\t1\t1\n\tb\t1\t1\n"), r"tiny\.inter: column 'user_id' is empty in line 3"),
         (inter("u\ta\t1\tnoon\n"), r"tiny\.inter: line 2 has timestamp 'noon'"),
+        (inter("u\ta\t1\t1e300\n"), r"tiny\.inter: line 2 has timestamp '1e300'"),
+        (inter("u\n", header="a\rb:token\n"), r"tiny\.inter: got columns a b, expected a column 'user_id'"),
         (inter("u\ta\t1\t1\nu\ty\t1\t1\n"), r"tiny\.inter: line 3 has item 'y', which tiny\.item does not list"),
         (item("a\t1\tx\ty\na\t1\tx\ty\n"), r"tiny\.item: 'a' appears twice"),
         (item("a\t1\tx\ty\n\t1\tx\ty\n"), r"tiny\.item: column 'item_id' is empty in line 3"),
@@ -85,3 +89,9 @@ def test_faults_name_the_file_and_the_line(folder, spoil, message):
     with pytest.raises(ValueError, match=message) as raised:
         Dataset.load(folder)
     assert "\n" not in str(raised.value)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["tiny.inter", "tiny.item"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(folder, survives, name, data):
+    survives(folder / name, data, (b"\\t", b"\\n", b"\\r", b"\\xff", b":", b":token", b"1e300", b"nan"))

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bbqrec.data import Dataset, leave_one_out
 
@@ -66,6 +68,8 @@ HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
         (write("Tiny.item2index", "X0\t0\nX0\t1\n"), r"Tiny\.item2index: 'X0' appears twice"),
         (write("Tiny.item2index", "X0\t-1\n"), r"Tiny\.item2index: line 1 has '-1' where an index"),
         (write("Tiny.item2index", "X0 0\n"), r"Tiny\.item2index: line 1 has 1 columns, expected 2"),
+        (lambda folder: (folder / "Tiny.text").write_bytes(b"h\th\n\xff"), r"Tiny\.text: is not UTF-8 \(byte 4\)"),
+        (write("Tiny.item2index", "X0\t" + "0" * 5000), r"Tiny\.item2index: line 1 has '0{60}' where an index"),
         (write("Tiny.test.inter", HEADER), r"Tiny\.test\.inter: has no lines below its header"),
         (write("Tiny.test.inter", HEADER + "1\t0 1\n"), r"Tiny\.test\.inter: line 2 has 2 columns, expected 3"),
         (write("Tiny.test.inter", HEADER + "1\t0 x\t1\n"), r"Tiny\.test\.inter: line 2 has 'x' where an index"),
@@ -123,3 +127,9 @@ def test_real_data_with_images_of_another_folder(scientific):
     assert full.features["text"].values.shape == (4385, 128)
     images = full.with_features_of(Dataset.load(scientific / "mm_subset"), "image").features["image"]
     assert images.present.sum() == 1585
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["Tiny.item2index", "Tiny.test.inter", "Tiny.text", "Tiny.feat1CLS"]), data=st.data())
+def test_a_changed_file_is_read_or_refused_by_name(folder, survives, name, data):
+    survives(folder / name, data, (b"\\t", b"\\n", b"\\xff", b"7" * 5000, "٣".encode(), b" "))

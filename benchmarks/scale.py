@@ -93,7 +93,7 @@ def tokenizer(folder: Path) -> tuple[float, int]:
 
     made, data = _tokenizer(folder)
     batches = _batches(data, Config().tokenizer.batch_tokens)
-    module = TokenizerModule(made, Config(), batches)
+    module = TokenizerModule(made, Config(), batches, data.user_ids)
     optimizers = module.configure_optimizers()
 
     def step(batch) -> None:

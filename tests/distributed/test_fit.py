@@ -83,7 +83,8 @@ with together():
     split = leave_one_out(data)
     batches = TrainingBatches(split.train, 12, tokens, seed=0)
     torch.manual_seed(0)
-    module = Descent(build_model(config, data.n_items, None), config, batches, split.validation, data.n_items)
+    model = build_model(config, data.n_items, None)
+    module = Descent(model, config, batches, data.user_ids, split.validation, data.n_items)
     assert len(batches) == 1, len(batches)
     train(module, Stage(out, "sequence_model", 1))
     if is_first():

@@ -40,18 +40,23 @@ def finish(process: subprocess.Popen) -> None:
         raise SystemExit(f"a restart failed: {said}")
 
 
-def ends(process: subprocess.Popen, seconds: float, run: Path, *, while_writing: bool) -> bool:
-    """Whether a process ends before it is to be killed: after some time, or from then on in the middle of a write."""
+def is_killed(process: subprocess.Popen, seconds: float, run: Path, *, while_writing: bool) -> tuple[bool, bool]:
+    """Kills a process after some time, or later, in the middle of a write: whether it lived so long, and was in one."""
+    left = half_written(run)  # by an earlier kill
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        while while_writing and process.poll() is None and not half_written(run):
+        while while_writing and process.poll() is None and half_written(run) <= left:
             time.sleep(0.0002)
-    return process.poll() is not None
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+            return True, not half_written(run) <= left
+    return False, False
 
 
-def half_written(run: Path) -> bool:
-    return any(run.glob(f"checkpoints/*/.*{TEMPORARY}"))
+def half_written(run: Path) -> set[Path]:
+    return set(run.glob(f"checkpoints/*/.*{TEMPORARY}"))
 
 
 def differences(run: Path, expected: Path) -> list[str]:
@@ -80,18 +85,14 @@ def main() -> None:
         while not (run / "metrics.json").is_file():
             process = start(data, run)
             seconds = moments.uniform(0.1, 1) * undisturbed
-            if ends(process, seconds, run, while_writing=kills % 2 == 1):
+            killed, in_a_write = is_killed(process, seconds, run, while_writing=kills % 2 == 1)
+            if not killed:
                 finish(process)
-            else:
-                process.kill()
-                process.communicate()
-                kills += 1
-                torn += half_written(run)
+            kills += killed
+            torn += in_a_write
         if wrong := differences(run, expected):
             raise SystemExit(f"after {kills} kills, {run} is not what an undisturbed run is: {', '.join(wrong)}")
-        print(
-            f"{kills} kills, {torn} of them in the middle of a checkpoint; {runs} runs ended as undisturbed", flush=True
-        )
+        print(f"{kills} kills, {torn} in the middle of a checkpoint; {runs} runs ended as undisturbed", flush=True)
         shutil.rmtree(run)
     if arguments.out is None:
         shutil.rmtree(out)

@@ -17,11 +17,7 @@ TEMPORARY = ".tmp"  # ends the names of files that are not finished
 
 
 class StorageFault(OSError):
-    """A full disk, or a folder that cannot be written, in one sentence."""
-
-    def __init__(self, number: int, what: str, remedy: str):
-        super().__init__(f"{what} ({os.strerror(number)}); {remedy}")
-        self.errno = number
+    """A full disk, or a folder that cannot be written, in one sentence. `errno` is the system's."""
 
 
 def atomically(path: Path, write: Callable[[str], Any]) -> None:
@@ -89,7 +85,7 @@ def storage_faults_named(folder: Path, what: str) -> Iterator[None]:
         number = _error_number(error)
         if isinstance(error, StorageFault) or number not in FULL:
             raise
-        raise StorageFault(number, f"{folder}: no space left for {what}", "make room and call again") from error
+        raise _fault(number, f"{folder}: no space left for {what}", "make room and call again") from error
 
 
 @contextmanager
@@ -99,7 +95,14 @@ def _closed_folder_named(folder: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         wanted = "choose one that is there and can be written"
-        raise StorageFault(error.errno, f"{folder}: {what} cannot be made in this folder", wanted) from error
+        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno  # a file has the folder's name
+        raise _fault(number, f"{folder}: {what} cannot be made in this folder", wanted) from error
+
+
+def _fault(number: int, what: str, remedy: str) -> StorageFault:
+    fault = StorageFault(f"{what} ({os.strerror(number)}); {remedy}")
+    fault.errno = number
+    return fault
 
 
 class Sink(io.BufferedIOBase):

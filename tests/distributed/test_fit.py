@@ -159,6 +159,22 @@ def test_interrupted_processes_resume_and_end_where_undisturbed_ones_do(data: Da
         assert torch.equal(ends[1][name], value), name
 
 
+@pytest.mark.check
+def test_where_a_process_dies_the_others_say_so_and_end(data: Dataset, tmp_path: Path) -> None:
+    die = "import bbqrec.training.modules as m, os, signal\n" + (
+        "ended = m.SequenceModule.on_train_epoch_end\n"
+        "def end(self):\n"
+        "    if self.current_epoch == 1 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    ended(self)\n"
+        "m.SequenceModule.on_train_epoch_end = end\n"
+    )
+    done = launch(2, die + FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY), check=False)
+    assert done.returncode
+    assert "ConnectionError: processes: process 0 lost another of 2" in done.stderr
+    launch(2, FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY))
+
+
 def test_what_the_first_process_refuses_all_refuse(data: Dataset, tmp_path: Path) -> None:
     shorter = Config().override({**TINY, "training.epochs": 1})
     fit(data, tmp_path / "run", model="sasrec", config=shorter, progress=False)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bbqrec.data.files import one_line
+from bbqrec.data.files import one_line, write_text
 
 
 class Section(BaseModel):
@@ -175,7 +175,7 @@ class Config(Section):
     def save(self, path: str | Path) -> None:
         """Writes every option to a YAML file, which `load` reads."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), text)
 
     def override(self, assignments: Iterable[str] | Mapping[str, Any]) -> Config:
         """A copy with `section.key=value` strings, or a mapping of dotted keys, applied; values are read as YAML."""

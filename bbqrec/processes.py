@@ -35,6 +35,8 @@ def together() -> Iterator[None]:
     """Joins the processes that `torchrun` started, with NCCL where there are GPUs and gloo otherwise.
 
     Does nothing where there is one process, or where they have joined already: whoever joins first leaves last.
+
+    Raises `ConnectionError` where another process ended while this one waited for it.
     """
     started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
     if not started or distributed.is_initialized():
@@ -46,6 +48,13 @@ def together() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or "gloo/" in str(error)):  # gloo's are of no type of its own
+            raise
+        raise ConnectionError(
+            f"processes: process {distributed.get_rank()} lost another of {distributed.get_world_size()}, whose own "
+            "message says why; start all of them again to resume"
+        ) from error
     finally:
         distributed.destroy_process_group()
 

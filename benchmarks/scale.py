@@ -93,7 +93,7 @@ def tokenizer(folder: Path) -> tuple[float, int]:
 
     made, data = _tokenizer(folder)
     batches = _batches(data, Config().tokenizer.batch_tokens)
-    module = TokenizerModule(made, Config(), batches)
+    module = TokenizerModule(made, Config(), batches, data.user_ids)
     optimizers = module.configure_optimizers()
 
     def step(batch) -> None:
@@ -115,7 +115,7 @@ def training(folder: Path, sampled: int | None = None) -> tuple[float, int]:
     config = Config().override({"model.sampled_items": sampled})
     model, data = _model(folder, config)
     batches = _batches(data, config.training.batch_tokens)
-    optimizer = SequenceModule(model, config, batches, None, data.n_items).configure_optimizers()
+    optimizer = SequenceModule(model, config, batches, data.user_ids, None, data.n_items).configure_optimizers()
 
     def step(batch) -> None:
         optimizer.zero_grad()

@@ -3,7 +3,8 @@
     python tools/soak.py --kills 50 [--seed 0] [--out runs/soak]
 
 Trains on a generated catalogue, first undisturbed, then killed (SIGKILL) after a random part of that time and started
-again, until it is through; then anew, until there were as many kills as asked for. Exit code 1, and the folder is kept,
+again, until it is through; then anew, until there were as many kills as asked for. Every other kill waits on until a
+checkpoint is being written. Exit code 1, and the folder is kept,
 where a restart fails, or metrics, weights or semantic IDs differ from the undisturbed run's.
 """
 
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 from bbqrec.data.demo import make_demo_dataset
+from bbqrec.data.files import TEMPORARY
 
 OPTIONS = {"tokenizer.epochs": 4, "training.epochs": 5, "training.patience": 5}
 COMPARED = ("model.safetensors", "tokenizer.safetensors", "semantic_ids.parquet")
@@ -36,6 +38,25 @@ def finish(process: subprocess.Popen) -> None:
     _, said = process.communicate()
     if process.returncode:
         raise SystemExit(f"a restart failed: {said}")
+
+
+def is_killed(process: subprocess.Popen, seconds: float, run: Path, *, while_writing: bool) -> tuple[bool, bool]:
+    """Kills a process after some time, or later, in the middle of a write: whether it lived so long, and was in one."""
+    left = half_written(run)  # by an earlier kill
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        while while_writing and process.poll() is None and half_written(run) <= left:
+            time.sleep(0.0002)
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+            return True, not half_written(run) <= left
+    return False, False
+
+
+def half_written(run: Path) -> set[Path]:
+    return set(run.glob(f"checkpoints/*/.*{TEMPORARY}"))
 
 
 def differences(run: Path, expected: Path) -> list[str]:
@@ -57,23 +78,21 @@ def main() -> None:
     started = time.perf_counter()
     finish(start(data, expected))
     undisturbed = time.perf_counter() - started
-    kills = runs = 0
+    kills = runs = torn = 0
     while kills < arguments.kills:
         run = out / f"run-{runs}"
         runs += 1
         while not (run / "metrics.json").is_file():
             process = start(data, run)
-            try:
-                process.wait(moments.uniform(0.1, 1) * undisturbed)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
-            else:
+            seconds = moments.uniform(0.1, 1) * undisturbed
+            killed, in_a_write = is_killed(process, seconds, run, while_writing=kills % 2 == 1)
+            if not killed:
                 finish(process)
+            kills += killed
+            torn += in_a_write
         if wrong := differences(run, expected):
             raise SystemExit(f"after {kills} kills, {run} is not what an undisturbed run is: {', '.join(wrong)}")
-        print(f"{kills} kills, {runs} runs ended as undisturbed", flush=True)
+        print(f"{kills} kills, {torn} in the middle of a checkpoint; {runs} runs ended as undisturbed", flush=True)
         shutil.rmtree(run)
     if arguments.out is None:
         shutil.rmtree(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Multi-modal sequential recommendation on semantic IDs.",
-    epilog="Exit codes: 0 done; 1 failed, and a sentence on stderr says why; 2 wrong usage; 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 failed, and a sentence on stderr says why; 2 wrong usage; 130 interrupted, 143 by "
+    "SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -39,6 +41,9 @@ def _option_starts(incomplete: str) -> list[str]:
 
     return [start for name in option_names() if (start := f"{name}=").startswith(incomplete)]
 
+
+INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 and the number of the signal
+RESUMING = ("fit", "tokenize", "embed", "demo")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as `bbqrec fit` makes it.")]
 Assignments = Annotated[
@@ -74,14 +79,26 @@ def command(
     def guarded(*args: Any, **kwargs: Any) -> None:
         # Read when torch is imported: threads that wait while spinning make small steps slow where cores are shared.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        interrupted = INTERRUPTED
+
+        def terminate(*_: Any) -> None:
+            nonlocal interrupted
+            interrupted = TERMINATED
+            raise KeyboardInterrupt  # as Ctrl-C does: what is half done is cleaned up
+
+        handler = signal.signal(signal.SIGTERM, terminate)
         try:
             function(*args, **kwargs)
         except (ValueError, TypeError, OSError, ImportError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("Interrupted; the same command resumes.", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            where = f" {error}" if str(error) else ""
+            then = "resumes" if function.__name__ in RESUMING else "starts anew"
+            typer.echo(f"Interrupted{where}; the same command {then}.", err=True)
+            raise typer.Exit(interrupted) from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
     return app.command(name, cls=cls)(guarded)
 

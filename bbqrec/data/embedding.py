@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from bbqrec.data.dataset import check_finite, joined
-from bbqrec.data.files import atomically
+from bbqrec.data.files import Sink, atomically, write_text
 from bbqrec.data.formats import native
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -223,9 +223,9 @@ def _make(job: _Job, folder: Path, progress: bool | None) -> dict[str, Any]:
         **job.notes,
     }
     # The array is last: without it the other two are not looked at. All parts are still there until it is.
-    _write_text(target.with_suffix(".items.txt"), "".join(f"{name}\n" for name in names))
-    _write_text(record, json.dumps({"identity": identity, "figures": figures}, indent=2) + "\n")
-    _write_arrays(target, np.save, values)
+    write_text(target.with_suffix(".items.txt"), "".join(f"{name}\n" for name in names))
+    write_text(record, json.dumps({"identity": identity, "figures": figures}, indent=2) + "\n")
+    atomically(target, partial(_save_array, values))
     _clear(job, folder)
     return {**figures, "file": str(target)}
 
@@ -245,7 +245,7 @@ def _claim(parts: Path, identity: str) -> Path:
     if not owner.is_file() or owner.read_text(encoding="utf-8") != identity:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        _write_text(owner, identity)
+        write_text(owner, identity)
     return parts
 
 
@@ -272,7 +272,7 @@ def _encode(
                 made = encoder.encode(inputs)
                 arrays = {"values": made.values, "failed": np.array(list(made.failures), np.int64)}
                 arrays["reasons"] = np.array(list(made.failures.values()), str)
-                _write_arrays(path, np.savez, **arrays)
+                atomically(path, partial(_save_part, arrays))
                 bar.update(len(inputs))
             part = _read_part(path)
             values.append(part["values"])
@@ -296,16 +296,14 @@ def _read_record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_arrays(path: Path, write: Callable[..., None], *values: np.ndarray, **arrays: np.ndarray) -> None:
-    def write_file(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            write(file, *values, **arrays)
-
-    atomically(path, write_file)
+def _save_array(values: np.ndarray, path: str) -> None:
+    with Sink(path) as file:
+        np.save(file, values)
 
 
-def _write_text(path: Path, text: str) -> None:
-    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline="\n"))
+def _save_part(arrays: dict[str, np.ndarray], path: str) -> None:
+    with open(path, "wb") as file:  # given a name, NumPy would add its ending
+        np.savez(file, **arrays)
 
 
 def _load_text_model(name: str) -> Encoder:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,18 +14,148 @@ from typing import Any
 
 import polars as pl
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = ".tmp"  # ends the names of files that are not finished
+
+
+class StorageFault(OSError):
+    """A full disk, or a folder that cannot be written, in one sentence. `errno` is the system's."""
+
 
 def atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write` with a temporary name beside `path` and moves the result there: no reader sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Calls `write` with a temporary name beside `path`, and moves the result there once it is on the disk.
+
+    Raises `StorageFault` where that fails; the former file is still there then, and nothing half-written.
+    """
+    with storage_faults_named(path.parent, path.name):
+        with _closed_folder_named(path.parent, path.name):
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+        os.close(handle)
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o644)
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)  # some libraries clean up themselves
+            raise
+        _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8, lines as they are, atomically."""
+    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline="\n"))
+
+
+def folder_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
+    """`atomically` for a folder that is not there yet, or empty: `write` makes it, under a temporary name."""
+    with _closed_folder_named(folder.parent, folder.name):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+    with storage_faults_named(folder.parent, folder.name), temporary:
+        whole = Path(temporary.name) / folder.name
+        write(whole)
+        for path in (*whole.rglob("*"), whole):
+            _sync(path)
+        if folder.exists():  # it is empty, and some systems rename onto no folder
+            folder.rmdir()
+        whole.rename(folder)
+        _sync(folder.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed calls left in a folder and those in it."""
+    for pattern in (f".*{TEMPORARY}", ".tmp*"):  # the latter are those of safetensors
+        for path in folder.rglob(pattern):
+            path.unlink()
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder, or finds that it takes files: raises `StorageFault` before there is work to lose."""
+    with _closed_folder_named(folder.parent, folder.name):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _closed_folder_named(folder, "a file"), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def storage_faults_named(folder: Path, what: str) -> Iterator[None]:
+    """A full disk becomes a `StorageFault` that names the folder."""
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if isinstance(error, StorageFault) or number not in FULL:
+            raise
+        raise _fault(number, f"{folder}: no space left for {what}", "make room and call again") from error
+
+
+@contextmanager
+def _closed_folder_named(folder: Path, what: str) -> Iterator[None]:
+    """Whatever keeps a file from being made in a folder becomes a `StorageFault` that names it."""
+    try:
+        yield
+    except OSError as error:
+        wanted = "choose one that is there and can be written"
+        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno  # a file has the folder's name
+        raise _fault(number, f"{folder}: {what} cannot be made in this folder", wanted) from error
+
+
+def _fault(number: int, what: str, remedy: str) -> StorageFault:
+    fault = StorageFault(f"{what} ({os.strerror(number)}); {remedy}")
+    fault.errno = number
+    return fault
+
+
+class Sink(io.BufferedIOBase):
+    """A file to write to that never fails while it is written: its first fault is raised when it is closed.
+
+    PyTorch ends the whole process where a write fails while it cleans up, and NumPy does not say what failed.
+    """
+
+    def __init__(self, path: str | Path):
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self._fault is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._fault = error
+        return memoryview(data).nbytes
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        try:
+            self._file.close()
+        finally:
+            if self._fault is not None:
+                raise self._fault
+
+
+def _error_number(error: Exception) -> int | None:
+    """What the system said: polars and safetensors pass it on in words only."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _sync(path: str | Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix" and Path(path).is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

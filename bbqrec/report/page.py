@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bbqrec.data.files import atomically
+from bbqrec.data.files import write_text
 from bbqrec.evaluation.ranking import METRICS
 from bbqrec.report.charts import line_chart, point_colours, scatter
 
@@ -20,8 +20,7 @@ MODELS = {"bbqrec": "BBQRec", "sasrec": "SASRec", "tiger": "TIGER"}
 
 def save(path: str | Path, facts: dict[str, Any]) -> None:
     """Writes the page of `facts` (see `collect`) to `path`, whole or not at all."""
-    page = render(facts)
-    atomically(Path(path), lambda temporary: Path(temporary).write_text(page, encoding="utf-8", newline="\n"))
+    write_text(Path(path), render(facts))
 
 
 def render(facts: dict[str, Any]) -> str:

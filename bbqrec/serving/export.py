@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbqrec.data.batches import PackedBatch
-from bbqrec.data.files import atomically
+from bbqrec.data.files import Sink, atomically
 from bbqrec.models.sequence_model import SequenceModel
 
 ABOUT = "about.json"
@@ -117,9 +117,9 @@ def export(program: Program, about: dict[str, Any], path: Path, *, compiled: boo
         except RuntimeError as error:  # among them that there is no compiler
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"compiled: AOTInductor failed ({reason}); export without it") from error
-        Path(made).replace(path)
+        atomically(path, Path(made).replace)
 
 
 def _save(exported: torch.export.ExportedProgram, about: str, path: str) -> None:
-    with open(path, "wb") as file:
+    with Sink(path) as file:
         torch.export.save(exported, file, extra_files={ABOUT: about})

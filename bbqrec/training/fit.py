@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bbqrec import report
 from bbqrec.config import Config, flat_options
 from bbqrec.data.batches import PrefixBatches, TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
+from bbqrec.data.files import remove_temporaries, require_writable
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
@@ -24,7 +25,7 @@ from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
-from bbqrec.tokenizer.item_encoder import catalogue_features, principal_directions, save_preparation
+from bbqrec.tokenizer.item_encoder import TOKENIZER, catalogue_features, principal_directions, save_preparation
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -62,7 +63,10 @@ def fit(
         The finished `Run`.
 
     Raises:
-        ValueError: the data cannot be used, `out` holds another run, or the options do not fit the data.
+        ValueError: the data cannot be used, `out` holds another run or a damaged one, the options do not fit the data,
+            or training diverges.
+        OSError: `out` cannot be written, or its disk is full; what was finished before is kept.
+        ConnectionError: another of the processes ended.
         KeyboardInterrupt: interrupted; call again to resume.
     """
     with together():
@@ -225,12 +229,11 @@ def _claim(folder: Path, data: Dataset, config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder; choose another name")
     if not (folder / "run.json").is_file():  # the last of the two that are written here
-        ours = ("config.yaml", ".run.json.")  # a call that was killed right here leaves these
+        ours = ("config.yaml", ".config.yaml.", ".run.json.")  # a call that was killed right here leaves these
         if folder.is_dir() and not all(path.name.startswith(ours) for path in folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and no run folder; choose a new or empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".run.json.*"):
-            path.unlink()
+        require_writable(folder)
+        remove_temporaries(folder)
         config.save(folder / "config.yaml")
         path = None if data.path is None else str(Path(data.path).resolve())
         source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
@@ -249,6 +252,9 @@ def _claim(folder: Path, data: Dataset, config: Config) -> None:
     changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
+    if not run.finished:
+        require_writable(folder)
+        remove_temporaries(folder)
 
 
 def _make_semantic_ids(job: _Job) -> SemanticIDs:
@@ -256,12 +262,14 @@ def _make_semantic_ids(job: _Job) -> SemanticIDs:
     options, seed, max_length = job.config.tokenizer, job.config.training.seed, job.config.model.max_length
     torch.manual_seed(seed)
     tokenizer = Tokenizer(job.features, job.data.n_items, options, max_length)
-    weights = job.run.folder / "tokenizer.safetensors"
-    if not weights.is_file():
+    weights = job.run.folder / TOKENIZER
+    if weights.is_file():
+        job.run.require_whole(TOKENIZER)
+    else:
         batches = TrainingBatches(job.split.train, max_length, options.batch_tokens, seed)
-        module = TokenizerModule(tokenizer, job.config, batches)
+        module = TokenizerModule(tokenizer, job.config, batches, job.data.user_ids)
         epochs = min(options.epochs, -(-options.max_steps // len(batches)))
-        train(module, Stage(job.run.folder, "tokenizer", epochs), bars=job.bars)
+        train(module, Stage(job.run.folder, "tokenizer", epochs), bars=job.bars, say=job.say)
         first_does(lambda: save_weights(tokenizer.state_dict(), weights))
     with damage_named(weights):
         tokenizer.load_state_dict(load_file(weights))
@@ -277,6 +285,7 @@ def _write_semantic_ids(job: _Job, tokenizer: Tokenizer, semantic_ids: SemanticI
     semantic_ids.save_table(job.run.folder / "semantic_ids.parquet", *job.names)
     plots.save_codebook_usage(job.run.folder / "codebooks.png", semantic_ids)
     write_json(job.run.folder / "tokenizer.json", figures)
+    job.run.record_hashes()
     used = ", ".join(f"{share:.0%}" for share in figures["usage"])
     job.say(f"tokenizer: codewords in use {used}; items sharing all codes {figures['collision_rate']:.1%}")
 
@@ -288,11 +297,12 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     model = build_model(job.config, job.data.n_items, semantic_ids, _features_of_model(job))
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
-    module = SequenceModule(model, job.config, batches, job.split.validation, job.data.n_items)
+    user_ids = job.data.user_ids
+    module = SequenceModule(model, job.config, batches, user_ids, job.split.validation, job.data.n_items)
     if isinstance(model, SequenceModel) and model.samples:
         job.say(f"sequence model: softmax over {job.config.model.sampled_items:,} items drawn each step")
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
-    best = train(module, stage, bars=job.bars)
+    best = train(module, stage, bars=job.bars, say=job.say)
     module.load_state_dict(best["state_dict"])
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     model = model.cpu().eval()
@@ -362,6 +372,7 @@ def _finish(job: _Job, semantic_ids: SemanticIDs | None, model: SequenceModel | 
     plots.save_curves(folder / "curves.png", folder / "logs")
     save_model(model, folder / "model.safetensors")
     _save_report(job, model, metrics)
+    job.run.record_hashes()
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     test, popular = metrics["test"], metrics["most_popular"]["test"]
     job.say(f"test: ndcg@10 {test['ndcg@10']:.4f}, recall@10 {test['recall@10']:.4f}", end=" ")
@@ -380,16 +391,20 @@ def _costs_recorded(run: Run) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
-    finally:
-        if is_first():
+    except BaseException:
+        with suppress(OSError):  # a disk that is still full must not hide what happened
             _add_costs(run, time.perf_counter() - started)
+        raise
+    _add_costs(run, time.perf_counter() - started)
 
 
 def _add_costs(run: Run, seconds: float) -> None:
+    if not is_first():
+        return
     facts = Run(run.folder).facts
     peaks = [peak for peak in (facts.get("peak_memory_mb"), _peak_memory_mb()) if peak is not None]
     costs = {"seconds": round(facts.get("seconds", 0) + seconds, 1), "peak_memory_mb": max(peaks, default=None)}
-    write_json(run.folder / "run.json", {**facts, **costs})
+    run.add_facts(costs)
 
 
 def _peak_memory_mb() -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -30,10 +31,11 @@ class EpochSeeded(L.LightningModule):
 
     learning_rate_option: str
 
-    def __init__(self, seed: int, batches: TrainingBatches):
+    def __init__(self, seed: int, batches: TrainingBatches, user_ids: Sequence[str]):
         super().__init__()
         self.seed = seed
         self.batches = batches
+        self.user_ids = user_ids
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         self.batches.set_epoch(self.current_epoch)  # asked for every epoch
@@ -52,21 +54,24 @@ class EpochSeeded(L.LightningModule):
         if loss.isfinite():
             return
         users = [] if batch.users is None else batch.users.unique().tolist()
-        shown = ", ".join(map(str, users[:USERS_NAMED])) or "unknown"
+        shown = ", ".join(repr(self.user_ids[user]) for user in users[:USERS_NAMED]) or "unknown"
         more = f" and {len(users) - USERS_NAMED} more" if len(users) > USERS_NAMED else ""
-        what = f"loss is {loss.item()} in step {self.global_step + 1} (users number {shown}{more}, counted from 0)"
+        what = f"loss is {loss.item()} in step {self.global_step + 1} (users {shown}{more})"
         raise ValueError(self._diverged(what))
 
     def on_train_epoch_end(self) -> None:
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
             raise ValueError(self._diverged("weights are not finite"))
 
-    def _diverged(self, what: str) -> str:
+    def last_good_checkpoint(self) -> str:
+        """Which it is, in words."""
         keepers = self.trainer.checkpoint_callbacks
         latest = Path(keepers[-1].dirpath) / "last.ckpt" if keepers else None
-        good = f"the last good checkpoint is {latest}" if latest and latest.is_file() else "there is no checkpoint yet"
+        return f"the last good checkpoint is {latest}" if latest and latest.is_file() else "there is no checkpoint yet"
+
+    def _diverged(self, what: str) -> str:
         return (
-            f"training: diverged in epoch {self.current_epoch + 1}, {what}; {good}; "
+            f"training: diverged in epoch {self.current_epoch + 1}, {what}; {self.last_good_checkpoint()}; "
             f"lower {self.learning_rate_option} and choose another folder"
         )
 
@@ -80,8 +85,8 @@ class TokenizerModule(EpochSeeded):
 
     learning_rate_option = "tokenizer.learning_rate"
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, batches: TrainingBatches):
-        super().__init__(config.training.seed, batches)
+    def __init__(self, tokenizer: Tokenizer, config: Config, batches: TrainingBatches, user_ids: Sequence[str]):
+        super().__init__(config.training.seed, batches, user_ids)
         self.automatic_optimization = False
         self.tokenizer = tokenizer
         self.config = config.tokenizer
@@ -154,9 +159,15 @@ class SequenceModule(EpochSeeded):
     learning_rate_option = "training.learning_rate"
 
     def __init__(
-        self, model: SequenceModel | Tiger, config: Config, batches: TrainingBatches, validation: Heldout, n_items: int
+        self,
+        model: SequenceModel | Tiger,
+        config: Config,
+        batches: TrainingBatches,
+        user_ids: Sequence[str],
+        validation: Heldout,
+        n_items: int,
     ):
-        super().__init__(config.training.seed, batches)
+        super().__init__(config.training.seed, batches, user_ids)
         self.model = model
         self.config = config
         self.validation = validation

@@ -9,7 +9,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bbqrec.data.files import panics_raised
+from bbqrec.data.files import atomically, panics_raised
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.run import damage_named
 
@@ -21,19 +21,21 @@ def read_log(folder: Path) -> pl.DataFrame:
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     frames = []
     for path in versions:
-        if path.stat().st_size:
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = b"".join(line for line in lines if line.endswith(b"\n"))  # a stop may have cut the last one off
+        if whole:
             with damage_named(path):
-                frames.append(_read(path))
+                frames.append(_read(whole))
     if not frames:
         return pl.DataFrame({"epoch": []})
     rows = pl.concat(frames, how="diagonal_relaxed")
     return rows.group_by("epoch").agg(pl.all().drop_nulls().last()).sort("epoch")
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _read(content: bytes) -> pl.DataFrame:
     """All columns are numbers."""
     with panics_raised():
-        frame = pl.read_csv(path, infer_schema=False, glob=False)
+        frame = pl.read_csv(content, infer_schema=False)
         return frame.select(pl.col("epoch").cast(pl.Int64), pl.exclude("epoch").cast(pl.Float64))
 
 
@@ -47,8 +49,9 @@ def save_curves(path: Path, logs: Path) -> None:
             columns = [name for name in table.columns if name.startswith(prefix)]
             if columns:
                 panels.append((f"{title}: {what}", table, columns))
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, (title, table, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure = Figure(figsize=(5 * max(1, len(panels)), 3.6), layout="constrained")
+    for n, (title, table, columns) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), n)
         for name in columns:
             axes.plot(
                 table["epoch"] + 1, table[name], label=name.split("/", 1)[1], marker="." if len(table) < 3 else ""
@@ -58,7 +61,7 @@ def save_curves(path: Path, logs: Path) -> None:
         axes.legend(fontsize="small")
         if "loss" in title:
             _log_scale_if_positive(axes, table, columns)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def save_codebook_usage(path: Path, semantic_ids: SemanticIDs) -> None:
@@ -77,7 +80,11 @@ def save_codebook_usage(path: Path, semantic_ids: SemanticIDs) -> None:
         axes.set_xlabel("codeword, by rank")
     figure.axes[0].set_ylabel("items")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 def _log_scale_if_positive(axes: Axes, table: pl.DataFrame, columns: list[str]) -> None:

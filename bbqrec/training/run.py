@@ -1,7 +1,8 @@
 """The run folder: what `fit` leaves behind, and how to read it again.
 
 config.yaml            every option of the run
-run.json               data set (name, path, fingerprint), versions, device, processes, seconds and peak memory
+run.json               data set (name, path, fingerprint), versions, device, processes, seconds and peak memory, and
+                       the SHA-256 of the files with weights and codes, which is checked when they are read
 tokenizer.safetensors  weights of the finished tokenizer (absent for a model without semantic IDs)
 tokenizer.json         figures of its semantic IDs (likewise)
 semantic_ids.parquet   one row an item: item, title, codes/<modality> for every modality, number
@@ -17,9 +18,11 @@ checkpoints/           to resume from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import polars as pl
 import torch
@@ -36,7 +40,7 @@ from torch import Tensor
 
 from bbqrec.config import Config
 from bbqrec.data.dataset import Dataset
-from bbqrec.data.files import atomically, one_line, read_parquet
+from bbqrec.data.files import atomically, one_line, read_parquet, write_text
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.data.text import WordVectors
 from bbqrec.evaluation.ranking import METRICS, evaluate
@@ -56,6 +60,9 @@ from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 DAMAGE = (  # what reading a broken or foreign file raises
     SafetensorError,
     UnpicklingError,
+    BadZipFile,
+    zlib.error,
+    OSError,
     EOFError,
     RuntimeError,  # PyTorch's
     pl.exceptions.PolarsError,
@@ -68,6 +75,7 @@ DAMAGE = (  # what reading a broken or foreign file raises
     struct.error,
 )
 REPAIR = "copy the run folder again, or fit into a new one"
+HASHED = ("model.safetensors", TOKENIZER, "semantic_ids.parquet", FEATURES, WORDS)
 
 
 @dataclass
@@ -104,6 +112,7 @@ class Run:
         path = self.folder / "semantic_ids.parquet"
         if not path.is_file():
             self._require_finished()
+        self.require_whole(path.name)
         with damage_named(path):
             items = read_parquet(path).cast({"item": pl.String, "title": pl.String})
             if items["item"].has_nulls() or items["title"].has_nulls() or items["item"].is_duplicated().any():
@@ -162,6 +171,7 @@ class Run:
     def model(self) -> SequenceModel | Tiger:
         """The finished sequence model, in evaluation mode."""
         self._require_finished()
+        self.require_whole("model.safetensors")
         return load_model(self.folder / "model.safetensors", self.config)
 
     @cached_property
@@ -181,6 +191,7 @@ class Run:
         """For items that training did not know; of a run that uses features."""
 
         def read(name: str, reader: Callable[..., Any], *arguments: Any) -> Any:
+            self.require_whole(name)
             with damage_named(self.folder / name):
                 return reader(self.folder / name, *arguments)
 
@@ -212,6 +223,27 @@ class Run:
             max_length=self.config.model.max_length,
             train_items=self.split.train_items,
         )
+
+    def record_hashes(self) -> None:
+        """Writes to `run.json` what `require_whole` compares with."""
+        hashes = {name: _sha256(self.folder / name) for name in HASHED if (self.folder / name).is_file()}
+        self.add_facts({"sha256": hashes})
+
+    def require_whole(self, name: str) -> None:
+        """Raises `ValueError` where a file is not the one that training wrote; one without a hash is not looked at."""
+        with damage_named(self.folder / "run.json"):
+            expected = self.facts.get("sha256", {}).get(name)
+        path = self.folder / name
+        with damage_named(path):
+            found = expected and _sha256(path)
+        if found != expected:
+            raise ValueError(f"{path}: is damaged, its SHA-256 is not the one in run.json; {REPAIR}")
+
+    def add_facts(self, facts: dict[str, Any]) -> None:
+        """Writes them to `run.json`, beside those that are there."""
+        self.__dict__.pop("facts", None)
+        self.facts = {**self.facts, **facts}
+        write_json(self.folder / "run.json", self.facts)
 
     def _require_finished(self) -> None:
         if not self.finished:
@@ -247,8 +279,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, expected: dict[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -280,16 +311,26 @@ def _require_numbers(metrics: Any, name: str) -> None:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path, repair: str = REPAIR) -> Iterator[None]:
     """Whatever is wrong with a file of a run folder, from its bytes to the names in it, is a `ValueError` naming it."""
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; {REPAIR}") from None
+        raise ValueError(f"{path}: is missing; {repair}") from None
+    except PermissionError:
+        raise
     except DAMAGE as error:
         raise ValueError(
-            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {one_line(error)}); {REPAIR}"
+            f"{path}: is damaged or does not fit config.yaml ({type(error).__name__}: {one_line(error)}); {repair}"
         ) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def device() -> str:

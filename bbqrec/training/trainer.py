@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import lightning as L
 import torch
@@ -18,9 +19,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from bbqrec.data.files import atomically
+from bbqrec.data.files import Sink, atomically, storage_faults_named
 from bbqrec.processes import local_world, rank_and_world
-from bbqrec.training.modules import VALIDATION_METRIC
+from bbqrec.training.modules import VALIDATION_METRIC, EpochSeeded
 from bbqrec.training.run import damage_named
 
 
@@ -46,15 +47,32 @@ class Stage:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints" / self.name
 
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
 
-def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dict[str, Any]:
-    """Trains a module, from its latest checkpoint where there is one.
+    @property
+    def best(self) -> Path:
+        """Of the epoch that counts: without patience that is the last one."""
+        return self.last if self.patience is None else self.checkpoints / "best.ckpt"
+
+
+def train(
+    module: EpochSeeded, stage: Stage, *, bars: bool = False, say: Callable[[str], object] | None = None
+) -> dict[str, Any]:
+    """Trains a module, from its latest checkpoint where there is one, or from the best one where that is damaged.
+
+    Args:
+        bars: show progress bars.
+        say: is told where training goes on from an earlier epoch than the latest.
 
     Returns:
         The checkpoint of the best epoch (of the last one, without patience), and `epochs_run`.
 
     Raises:
-        KeyboardInterrupt: the user stopped it; the checkpoints of the epochs before stay.
+        ValueError: there is no checkpoint that is whole, though there are some; or training diverges.
+        OSError: the disk is full; the checkpoints of the epochs before stay.
+        KeyboardInterrupt: the user stopped it; likewise.
     """
     callbacks: list[Callback] = [TQDMProgressBar(leave=True)] if bars else []
     if stage.patience is not None:
@@ -63,7 +81,7 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
     callbacks.append(_keep(stage, "last"))  # `save_last` would keep it only of the epochs that are best
     csv = CSVLogger(stage.folder / "logs", name=stage.name)  # every start writes a new version
     tensorboard = TensorBoardLogger(stage.folder / "logs", name=stage.name, version=f"version_{csv.version}")
-    with _silent_lightning():
+    with _silent_lightning(), storage_faults_named(stage.folder, "logs and checkpoints"):
         trainer = L.Trainer(
             accelerator="auto",
             **_processes(module),
@@ -75,12 +93,9 @@ def train(module: L.LightningModule, stage: Stage, *, bars: bool = False) -> dic
             enable_model_summary=False,
             reload_dataloaders_every_n_epochs=1,  # a new loader: its batches are those of the epoch
         )
-        latest = stage.checkpoints / "last.ckpt"
-        if resumes := latest.is_file():
-            read_checkpoint(latest)  # damage is told from what goes wrong in training
-        _fit_interruptibly(trainer, module, latest if resumes else None)
+        _fit_interruptibly(trainer, module, stage, _latest_whole(stage, say))
         trainer.strategy.barrier()  # the first process writes checkpoints
-    best = read_checkpoint(stage.checkpoints / ("last.ckpt" if stage.patience is None else "best.ckpt"))
+    best = read_checkpoint(stage.best)
     return {**best, "epochs_run": trainer.current_epoch}
 
 
@@ -107,9 +122,7 @@ class _AtomicCheckpoints(TorchCheckpointIO):
         del storage_options
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"):  # by a call that was killed while it wrote
-            left.unlink()
-        atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        atomically(path, lambda temporary: _save(checkpoint, temporary))
 
 
 class _Patience(EarlyStopping):
@@ -135,9 +148,35 @@ class _Patience(EarlyStopping):
                     group["lr"] /= 3
 
 
+def _save(checkpoint: dict[str, Any], path: str) -> None:
+    with Sink(path) as file:
+        torch.save(checkpoint, file)
+
+
+def _latest_whole(stage: Stage, say: Callable[[str], object] | None) -> Path | None:
+    """The checkpoint to go on from, None where there is none yet: damage is told from what goes wrong in training."""
+    if not stage.last.is_file():
+        return None
+    try:
+        read_checkpoint(stage.last)
+    except ValueError as error:
+        if stage.best == stage.last or not stage.best.is_file():
+            raise
+        epoch = read_checkpoint(stage.best)["epoch"] + 1
+        if say is not None:
+            say(f"{str(error).partition(';')[0]}; goes on from {stage.best.name}, after epoch {epoch}")
+        return stage.best
+    if stage.best.is_file():
+        read_checkpoint(stage.best)  # the end needs it, if no later epoch is better
+    return stage.last
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    with damage_named(path):  # written on a GPU, it may be read without one
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with damage_named(path, f"delete the folder {path.parent}, and fit trains this stage anew"):
+        with ZipFile(path) as file:  # it has checksums, and PyTorch does not look at them
+            if spoiled := file.testzip():
+                raise ValueError(f"{spoiled} in it has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)  # written on a GPU, read without one
 
 
 def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
@@ -145,7 +184,7 @@ def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
     return ModelCheckpoint(stage.checkpoints, filename=name, enable_version_counter=False, **monitor)
 
 
-def _fit_interruptibly(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path | None) -> None:
+def _fit_interruptibly(trainer: L.Trainer, module: EpochSeeded, stage: Stage, checkpoint: Path | None) -> None:
     """`trainer.fit`, but Ctrl-C raises KeyboardInterrupt; Lightning would exit, and ignore Ctrl-C from then on."""
     try:
         handler = signal.getsignal(signal.SIGINT)
@@ -154,7 +193,8 @@ def _fit_interruptibly(trainer: L.Trainer, module: L.LightningModule, checkpoint
         if not trainer.interrupted:
             raise
         signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+        what = f"in epoch {trainer.current_epoch + 1} of the {stage.name.replace('_', ' ')}"
+        raise KeyboardInterrupt(f"{what}; {module.last_good_checkpoint()}") from None
 
 
 @contextmanager

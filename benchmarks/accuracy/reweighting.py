@@ -236,7 +236,7 @@ def measure(
         features = catalogue_features(data.features, principal_directions(data.features, config.model.feature_width))
     model = VariedModel(compared, variation, config, semantic_ids, features)
     batches = TrainingBatches(split.train, max_length, config.training.batch_tokens, seed)
-    module = VariedModule(model, config, batches, split.validation, data.n_items)
+    module = VariedModule(model, config, batches, data.user_ids, split.validation, data.n_items)
     options = config.training
     best = train(module, Stage(folder, "sequence_model", options.epochs, options.patience, options.decay_after))
     module.load_state_dict(best["state_dict"])

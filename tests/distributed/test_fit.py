@@ -83,7 +83,8 @@ with together():
     split = leave_one_out(data)
     batches = TrainingBatches(split.train, 12, tokens, seed=0)
     torch.manual_seed(0)
-    module = Descent(build_model(config, data.n_items, None), config, batches, split.validation, data.n_items)
+    model = build_model(config, data.n_items, None)
+    module = Descent(model, config, batches, data.user_ids, split.validation, data.n_items)
     assert len(batches) == 1, len(batches)
     train(module, Stage(out, "sequence_model", 1))
     if is_first():
@@ -156,6 +157,22 @@ def test_interrupted_processes_resume_and_end_where_undisturbed_ones_do(data: Da
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "interrupted")]
     for name, value in ends[0].items():
         assert torch.equal(ends[1][name], value), name
+
+
+@pytest.mark.check
+def test_where_a_process_dies_the_others_say_so_and_end(data: Dataset, tmp_path: Path) -> None:
+    die = "import bbqrec.training.modules as m, os, signal\n" + (
+        "ended = m.SequenceModule.on_train_epoch_end\n"
+        "def end(self):\n"
+        "    if self.current_epoch == 1 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    ended(self)\n"
+        "m.SequenceModule.on_train_epoch_end = end\n"
+    )
+    done = launch(2, die + FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY), check=False)
+    assert done.returncode
+    assert "ConnectionError: processes: process 0 lost another of 2" in done.stderr
+    launch(2, FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY))
 
 
 def test_what_the_first_process_refuses_all_refuse(data: Dataset, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ Other columns are not read. In CSV every column of the items counts as text.
 
 from __future__ import annotations
 
-import tempfile
 import tokenize
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 import polars as pl
 
 from bbqrec.data.dataset import Dataset, Features, Histories, check_finite, check_unique
-from bbqrec.data.files import one_line, panics_raised, read_parquet
+from bbqrec.data.files import Sink, folder_atomically, one_line, panics_raised, read_parquet
 from bbqrec.data.formats.tables import Table, encode, positions, read_utf8
 
 LAYOUT = "interactions.parquet or interactions.csv (columns user, item, timestamp)"
@@ -90,15 +89,11 @@ def read_features(folder: Path, item_ids: list[str]) -> dict[str, Features]:
 def write(data: Dataset, folder: Path) -> None:
     """Writes `data` so that `read` gives it back, wholly or not at all. Raises `ValueError` as `Dataset.save` says."""
     check_lines(data.item_ids)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file, expected a folder; give a new name")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: {folder} is not empty; give a new one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
-        _write_files(data, whole)
-        if folder.exists():  # it is empty, and some systems rename onto no folder
-            folder.rmdir()
-        whole.rename(folder)
+    folder_atomically(folder, lambda whole: _write_files(data, whole))
 
 
 def _write_files(data: Dataset, folder: Path) -> None:
@@ -114,7 +109,8 @@ def _write_files(data: Dataset, folder: Path) -> None:
     pl.DataFrame({"item": data.item_ids, **data.texts}).write_parquet(folder / "items.parquet")
     for name, feature in data.features.items():
         if not feature.derived:
-            np.save(folder / "features" / f"{name}.npy", feature.values[feature.present])
+            with Sink(folder / "features" / f"{name}.npy") as file:
+                np.save(file, feature.values[feature.present])
             names = [item_id for item_id, present in zip(data.item_ids, feature.present, strict=True) if present]
             text = "".join(f"{item_id}\n" for item_id in names)
             (folder / "features" / f"{name}.items.txt").write_text(text, encoding="utf-8", newline="\n")

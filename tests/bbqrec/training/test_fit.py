@@ -433,12 +433,12 @@ def test_a_killed_process_leaves_a_run_that_ends_where_an_undisturbed_one_ends(
 def test_what_a_call_killed_at_its_start_leaves_is_no_obstacle(tiny_data, tiny_config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / ".run.json.abc").write_text("{")
-    (folder / "config.yaml").write_text("half: a")
+    (folder / ".run.json.abc.tmp").write_text("{")
+    (folder / ".config.yaml.abc.tmp").write_text("half: a")
     config = tiny_config.override({"tokenizer.epochs": 1})
     run = tokenize(tiny_data, folder, config=config, progress=False)
     assert run.config == config
-    assert not list(folder.glob(".run.json.*"))
+    assert not list(folder.glob(".*"))
 
 
 def test_seconds_are_of_all_calls(tiny_data, tiny_config, tmp_path):
@@ -481,8 +481,8 @@ def test_a_loss_that_is_no_number_stops_training(module, stage, option, tiny_dat
     monkeypatch.setattr(module, "training_step", diverge)
     with pytest.raises(ValueError, match="diverged in epoch 2, loss is nan") as error:
         fit(tiny_data, folder, config=tiny_config, progress=False)
-    users = ", ".join(map(str, seen[-1].users.unique().tolist()[:10]))
-    assert f" (users number {users}" in str(error.value)
+    users = ", ".join(repr(tiny_data.user_ids[user]) for user in seen[-1].users.unique().tolist()[:10])
+    assert f" (users {users}" in str(error.value)
     assert " in step " in str(error.value)
     latest = folder / "checkpoints" / stage / "last.ckpt"
     assert f"the last good checkpoint is {latest}; lower {option}.learning_rate" in str(error.value)
@@ -493,22 +493,23 @@ def test_a_loss_that_is_no_number_stops_training(module, stage, option, tiny_dat
 def test_a_full_disk_leaves_the_former_checkpoint(sasrec_run, tiny_data, tiny_config, tmp_path, monkeypatch):
     save, folder, writes = torch.save, tmp_path / "run", []
 
-    def full(checkpoint, path):
-        writes.append(path)
+    def full(checkpoint, file):
+        writes.append(file)
         if len(writes) > 2:  # best.ckpt and last.ckpt of the first epoch
-            with open(path, "wb") as file:
-                file.write(b"half a checkpoint")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        save(checkpoint, path)
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(checkpoint, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(
+            OSError, match=r"sequence_model: no space left for \w+\.ckpt \(No space left on device\); make room"
+        ):
             fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
     checkpoints = folder / "checkpoints" / "sequence_model"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert all(torch.load(path, weights_only=True)["epoch"] == 0 for path in checkpoints.iterdir())
-    (checkpoints / ".last.ckpt.killed").write_bytes(b"what a kill in the middle of writing leaves")
+    (checkpoints / ".last.ckpt.killed.tmp").write_bytes(b"what a kill in the middle of writing leaves")
     resumed = fit(tiny_data, folder, model="sasrec", config=tiny_config, progress=False)
     assert resumed.metrics == sasrec_run.metrics
     assert same_weights(resumed, sasrec_run)

@@ -13,7 +13,9 @@ from bbqrec.training.modules import TokenizerModule
 @pytest.fixture
 def module(tiny_data, tiny_config):
     tokenizer = Tokenizer(tiny_data.features, tiny_data.n_items, tiny_config.tokenizer, max_length=12)
-    return TokenizerModule(tokenizer, tiny_config, TrainingBatches(tiny_data.histories, 12, 256, seed=0))
+    return TokenizerModule(
+        tokenizer, tiny_config, TrainingBatches(tiny_data.histories, 12, 256, seed=0), tiny_data.user_ids
+    )
 
 
 def test_items_of_a_step_are_the_batchs_and_random_others(module, training_batch, tiny_data):
@@ -64,7 +66,9 @@ def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeyp
 def test_moved_codewords_start_without_moments(tiny_data, tiny_config):
     config = tiny_config.override({"tokenizer.ema_decay": None, "tokenizer.revive_after": 2})
     tokenizer = Tokenizer(tiny_data.features, tiny_data.n_items, config.tokenizer, max_length=12)
-    module = TokenizerModule(tokenizer, config, TrainingBatches(tiny_data.histories, 12, 256, seed=0))
+    module = TokenizerModule(
+        tokenizer, config, TrainingBatches(tiny_data.histories, 12, 256, seed=0), tiny_data.user_ids
+    )
     optimizers = module.configure_optimizers()
     module._optimizers = lambda: [type("Wrapped", (), {"optimizer": optimizer}) for optimizer in optimizers]
     [quantizer] = tokenizer.quantizers

@@ -46,7 +46,7 @@ class Environment:
         code = "import sys; print('python%d.%d' % sys.version_info[:2])"
         tag = subprocess.check_output([python, "-c", code], text=True).strip()
         self.base, self.torch = python, torch
-        self.folder = WORK / f"{tag}-torch{torch}"
+        self.folder = WORK / f"{tag}-torch-{torch}"
         self.log = self.folder.with_name(f"{self.folder.name}.log")
         self.log.write_text("")
 
@@ -54,17 +54,16 @@ class Environment:
         """Returns what a command prints; one that fails is an error. No setting of the caller's reaches it."""
         inherited = ("BBQ_", "PYTHON", "PYTEST_", "VIRTUAL_ENV", "CONDA_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
-        # Standard error apart from it: what a command prints is read.
-        with self.log.open("a") as log:
+        with self.log.open("a+") as log:
             log.write(f"\n$ {' '.join(map(str, command))}\n")
             log.flush()
-            done = subprocess.run(
-                list(map(str, command)), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-            log.write(done.stdout)
+            start = log.tell()
+            done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, stdout=log, stderr=log)
+            log.seek(start)
+            output = log.read()
         if done.returncode:
-            raise Failed(f"{step}: exit code {done.returncode}, {summary(done.stdout)}{self.log.relative_to(ROOT)}")
-        return done.stdout
+            raise Failed(f"{step}: exit code {done.returncode}, {summary(output)}{self.log.relative_to(ROOT)}")
+        return output
 
     def python(self, step: str, arguments: list[object], cwd: Path) -> str:
         return self.run(step, [self.folder / "bin" / "python", *arguments], cwd)
@@ -79,7 +78,8 @@ class Environment:
 
     def check_origin(self, cwd: Path) -> str:
         """The version of torch, after a look at where the packages and the library are loaded from."""
-        found = json.loads(self.python("import", ["-c", WHICH], cwd).splitlines()[-1])
+        lines = self.python("import", ["-c", WHICH], cwd).splitlines()
+        found = json.loads(next(line for line in lines if line.startswith("{")))  # there may be warnings around it
         if found["blocker"]:
             raise Failed(found["blocker"])
         if strangers := [file for file in found["files"] if not Path(file).is_relative_to(self.folder)]:
@@ -121,11 +121,12 @@ def unpack_without_packages(sdist: Path, folder: Path) -> Path:
     return root
 
 
-def try_torch(environment: Environment, wheel: Path, tree: Path, tests: list[str]) -> bool:
+def try_torch(environment: Environment, wheel: Path, sdist: Path, tests: list[str]) -> bool:
     """Prints the line of one torch, and says whether all went well."""
     started, torch = time.monotonic(), environment.torch
     try:
         environment.install(wheel)
+        tree = unpack_without_packages(sdist, environment.folder.with_name(f"{environment.folder.name}-tests"))
         torch = environment.check_origin(tree)
         result = summary(environment.python("tests", ["-m", "pytest", "-q", "-n", "auto", *tests], tree))
         verdict = "passed"
@@ -148,11 +149,8 @@ def main() -> int:
         build_distributions(dist)
     wheel, sdist = the_one(dist, "*.whl"), the_one(dist, "*.tar.gz")
     print(f"{wheel.name}, tests of {sdist.name}", flush=True)
-    tree = unpack_without_packages(sdist, WORK / "tree")
-    tried = [
-        try_torch(Environment(arguments.python, torch), wheel, tree, arguments.tests or TESTS)
-        for torch in arguments.torch
-    ]
+    environments = [Environment(arguments.python, torch) for torch in arguments.torch]
+    tried = [try_torch(environment, wheel, sdist, arguments.tests or TESTS) for environment in environments]
     return 0 if all(tried) else 1
 
 

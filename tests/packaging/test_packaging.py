@@ -154,7 +154,7 @@ def test_library_needs_torch_and_the_system_alone(dist: Path, tmp_path: Path) ->
 
 def test_a_wheel_is_tried_beside_a_torch(dist: Path, tree: Path, tmp_path: Path) -> None:
     """tools/try_wheel.py, with the torch that is here: nothing is downloaded."""
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}-torch-{torch.__version__}"
     linked_environment(tree / "build" / "try_wheel" / name)
     command = [sys.executable, "tools/try_wheel.py", "--dist", dist, "--torch", torch.__version__, "--"]
     tried = "tests/bbqrec_kernels/test_library.py"

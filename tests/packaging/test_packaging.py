@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import bbqrec_kernels
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bbqrec_kernels/", "bbqrec/")
@@ -50,19 +54,35 @@ def repository_files() -> set[str]:
     return {name for name in listing.splitlines() if (ROOT / name).is_file()}
 
 
+def copy_of_the_repository(folder: Path) -> Path:
+    """Without anything that was built in it."""
+    for name in repository_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the repository without anything that was built in it."""
-    for name in repository_files():
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    return tmp_path / "tree"
+    return copy_of_the_repository(tmp_path / "tree")
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    tree = copy_of_the_repository(folder / "tree")
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder], tree, BBQ_REQUIRE_CPU="1", BBQ_CUDA="0")
+    return folder
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     """A virtual environment with everything but this project, linked from the one that runs the tests; its Python."""
-    folder = tmp_path / "environment"
+    return linked_environment(tmp_path / "environment")
+
+
+def linked_environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for source in Path(pytest.__file__).parents[1].iterdir():
@@ -85,32 +105,64 @@ def wheel_metadata(wheel: Path, name: str) -> str:
         return archive.read(entry).decode()
 
 
-def test_sdist_and_wheel_hold_what_they_should_and_the_wheel_works(
-    tree: Path, environment: Path, tmp_path: Path
-) -> None:
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist"], tree, BBQ_REQUIRE_CPU="1")
-    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-
+def test_sdist_holds_the_repository_and_nothing_built(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         shipped = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     not_shipped = {name for name in repository_files() if name.startswith(".")}
     assert repository_files() - not_shipped - shipped == set()
     assert not [name for name in shipped if name.endswith((".so", ".dylib", "_build.json", ".pyc"))]
 
+
+def test_wheel_holds_the_packages_the_library_and_nothing_else(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert files == {name for name in repository_files() if name.startswith(PACKAGES)} | LIBRARY_FILES
-    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert {f"{package}py.typed" for package in PACKAGES} <= files
+    assert wheel.name.startswith(f"bbqrec-{bbqrec_kernels.__version__}-py3-none-")  # for every Python
     assert not wheel.name.endswith("-any.whl")
     assert "Root-Is-Purelib: false" in wheel_metadata(wheel, "WHEEL")
+    assert "bbqrec = bbqrec.cli.main:app" in wheel_metadata(wheel, "entry_points.txt")
+    assert wheel_metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+    metadata = wheel_metadata(wheel, "METADATA").partition("\n\n")[0].splitlines()
+    assert {f"Version: {bbqrec_kernels.__version__}", "Requires-Dist: torch>=2.10"} <= set(metadata)
 
+
+def test_wheel_works_where_it_is_installed(dist: Path, environment: Path, tmp_path: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
     run([environment, "-m", "pip", "install", "--no-index", wheel], tmp_path)
     result = smoke(environment, tmp_path)
     assert result["blocker"] is None
     assert result["build"]["built"] is True
     assert "residual_quantize" in run([environment, "-m", "bbqrec_kernels.collect_env"], tmp_path)
     assert "recommend" in run([environment.parent / "bbqrec", "--help"], tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf on this machine")
+def test_library_needs_torch_and_the_system_alone(dist: Path, tmp_path: Path) -> None:
+    """By name, and from no folder of the machine that built it."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract("bbqrec_kernels/_C.so", tmp_path)
+    dynamic = run(["readelf", "-dW", "bbqrec_kernels/_C.so"], tmp_path)
+    needed = {name.partition(".so")[0] for name in re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)}
+    assert "libtorch_cpu" in needed
+    assert needed <= {"libtorch_cpu", "libstdc++", "libgcc_s", "libm", "libc", "ld-linux-aarch64"}
+    assert not re.findall(r"\((?:RPATH|RUNPATH)\)", dynamic)
+
+
+def test_a_wheel_is_tried_beside_a_torch(dist: Path, tree: Path, tmp_path: Path) -> None:
+    """tools/try_wheel.py, with the torch that is here: nothing is downloaded."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}-torch-{torch.__version__}"
+    linked_environment(tree / "build" / "try_wheel" / name)
+    command = [sys.executable, "tools/try_wheel.py", "--dist", dist, "--torch", torch.__version__, "--"]
+    tried = "tests/bbqrec_kernels/test_library.py"
+    output = run([*command, tried], tree, PIP_NO_INDEX="1", BBQ_SIMD="none of the wheel's")
+    assert re.search(rf"^passed  torch {re.escape(torch.__version__)} +\d+ passed in ", output, re.MULTILINE), output
+
+    output = run([*command, tried, "-k", "no such test"], tree, succeeds=False, PIP_NO_INDEX="1")
+    assert re.search(r"^FAILED  torch .* tests: exit code 5, ", output, re.MULTILINE), output
 
 
 def test_plain_pip_install_finds_the_torch_of_the_environment(tree: Path, environment: Path, tmp_path: Path) -> None:

@@ -118,14 +118,24 @@ class Sink(io.BufferedIOBase):
         self._fault: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if self._fault is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self._fault = error
+        self._try(self._file.write, data)
         return memoryview(data).nbytes
 
+    def seek(self, *place: int) -> int:
+        return self._try(self._file.seek, *place)
+
+    def _try(self, do: Callable[..., int], *arguments: Any) -> int:
+        if self._fault is None:
+            try:
+                return do(*arguments)
+            except OSError as error:
+                self._fault = error
+        return 0
+
     def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
         return True
 
     def close(self) -> None:

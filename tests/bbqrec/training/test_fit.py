@@ -534,12 +534,14 @@ def test_resuming_after_the_last_epoch_trains_no_more(bbqrec_run, tiny_data, tin
 
 
 @pytest.mark.parametrize("content", [b"", b"half a checkpoint"])
-def test_a_damaged_checkpoint_is_named(content, sasrec_run, tiny_data, tiny_config, tmp_path):
-    copy = shutil.copytree(sasrec_run.folder, tmp_path / "run")
-    (copy / "metrics.json").unlink()
-    (copy / "checkpoints" / "sequence_model" / "last.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"last\.ckpt: is damaged"):
-        fit(tiny_data, copy, model="sasrec", config=tiny_config, progress=False)
+def test_a_damaged_checkpoint_without_a_best_one_is_named(content, bbqrec_run, tiny_data, tiny_config, tmp_path):
+    copy = shutil.copytree(bbqrec_run.folder, tmp_path / "run")
+    for name in ("metrics.json", "tokenizer.safetensors"):
+        (copy / name).unlink()
+    last = copy / "checkpoints" / "tokenizer" / "last.ckpt"
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{last}: is damaged .*; delete the folder {last.parent}, and fit trains"):
+        fit(tiny_data, copy, config=tiny_config, progress=False)
 
 
 def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):

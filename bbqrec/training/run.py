@@ -231,8 +231,9 @@ class Run:
 
     def require_whole(self, name: str) -> None:
         """Raises `ValueError` where a file is not the one that training wrote; one without a hash is not looked at."""
+        hashes = self.facts.get("sha256", {})
         with damage_named(self.folder / "run.json"):
-            expected = self.facts.get("sha256", {}).get(name)
+            expected = hashes.get(name)
         path = self.folder / name
         with damage_named(path):
             found = expected and _sha256(path)

@@ -35,7 +35,7 @@ def _two_threads():
 def gradients_of(model, loss):
     model.zero_grad()
     loss().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def check(model, loss):

@@ -47,6 +47,7 @@ def test_json_that_is_something_else(name, content, folder):
 
 @pytest.mark.parametrize("items", [["a", "a"], ["a", None]])
 def test_items_without_a_name_of_their_own(items, folder):
+    (folder / "run.json").write_text(json.dumps(FACTS))
     pl.DataFrame({"item": items, "title": ["A", "B"]}).write_parquet(folder / "semantic_ids.parquet")
     with pytest.raises(ValueError, match=r"semantic_ids\.parquet: is damaged"):
         _ = Run(folder).items

@@ -161,7 +161,7 @@ def test_a_wheel_is_tried_beside_a_torch(dist: Path, tree: Path, tmp_path: Path)
     output = run([*command, tried], tree, PIP_NO_INDEX="1", BBQ_SIMD="none of the wheel's")
     assert re.search(rf"^passed  torch {re.escape(torch.__version__)} +\d+ passed in ", output, re.MULTILINE), output
 
-    output = run([*command, tried, "-k", "no such test"], tree, succeeds=False, PIP_NO_INDEX="1")
+    output = run([*command, tried, "-k", "no_such_test"], tree, succeeds=False, PIP_NO_INDEX="1")
     assert re.search(r"^FAILED  torch .* tests: exit code 5, ", output, re.MULTILINE), output
 
 

@@ -46,19 +46,21 @@ def tables(all_runs: Iterable[Runs]) -> str:
 
 
 def _main_table(runs: Runs) -> str:
-    head = ["run", "model", "options", "seeds", "Recall@10", "NDCG@10", "over BBQRec", "validation NDCG@10"]
-    lines = _head([*head, "minutes", "peak memory, MB"])
+    head = ["run", "model", "seeds", "Recall@10", "NDCG@10", "over BBQRec", "in validation", "minutes", "MB"]
+    lines = _head(head)
     for name, entry in runs.runs.items():
         test, validation = runs.of(name, "test"), runs.of(name, "validation")
         if test.is_empty():
             continue
-        cells = [f"`{name}`", TITLES[entry.model], _options(test), str(len(test)), mean(test["recall@10"])]
+        model = " ".join([TITLES[entry.model], *(f"`{option}`" for option in _options(test))])
+        cells = [f"`{name}`", model, str(len(test)), mean(test["recall@10"])]
         cells += [mean(test["ndcg@10"]), paired(test, runs.of(YARDSTICK, "test")), mean(validation["ndcg@10"])]
         seconds, peak = test["seconds"].mean(), test["peak_memory_mb"].mean()
         cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if peak is None else f"{peak:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     for row in runs.published:
-        cells = ["published", row.model, row.source, "", _number(row.recall), _number(row.ndcg), "", "", "", ""]
+        model = f"{row.model} ({row.source})"
+        cells = ["published", model, "", _number(row.recall), _number(row.ndcg), *[""] * 4]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -84,10 +86,9 @@ def _head(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
 
 
-def _options(rows: pl.DataFrame) -> str:
+def _options(rows: pl.DataFrame) -> list[str]:
     """Those of the rows: item-kNN found its own."""
-    options = rows["options"][0] or ""
-    return f"`{options}`" if options else ""
+    return (rows["options"][0] or "").split()
 
 
 def _number(value: float) -> str:

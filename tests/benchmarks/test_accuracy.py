@@ -82,7 +82,7 @@ def test_rows_are_what_fit_and_evaluate_say_and_none_is_measured_twice(shop, tmp
     __main__.main(["shop", "--table"])  # no results among the committed ones
     assert "`bbqrec`" not in capsys.readouterr().out
     call()
-    assert "| `bbqrec` | SASRec | `training.epochs=1 model.max_length=7` | 2 |" in capsys.readouterr().out
+    assert "| `bbqrec` | SASRec `training.epochs=1` `model.max_length=7` | 2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_table_has_means_differences_and_what_others_report(tmp_path: Path, monk
                 shop.add([{"run": run, "seed": seed, "split": split, "ndcg@10": ndcg, **facts}])
     lines = table.tables([shop]).splitlines()
     assert lines[0] == "### Shop"
-    first = "| `most-popular` | most popular |  | 2 | .2000 | .0600 (± .0141) | -.0600 (± .1271) | .0600 (± .0141) "
+    first = "| `most-popular` | most popular | 2 | .2000 | .0600 (± .0141) | -.0600 (± .1271) | .0600 (± .0141) "
     assert first + "| 1.5 | 100 |" in lines
-    assert "| published | Rival | a paper |  | .5000 | .2500 |  |  |  |  |" in lines
+    assert "| published | Rival (a paper) |  | .5000 | .2500 |  |  |  |  |" in lines
     assert "| `most-popular` | .1250, 1,234 users | none | .1250, 1,234 users | .1250, 1,234 users |" in lines
     assert shop.rows["run"].to_list() == ["most-popular"] * 4 + ["bbqrec"] * 4
 

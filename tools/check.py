@@ -21,7 +21,7 @@ STEPS = {
     # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
     "sanitizers": ["bash", "tools/sanitize.sh", "-n", WORKERS],
     # every reader of files, on broken ones
-    "fuzz": [sys.executable, "tools/fuzz.py", "--inputs", "200"],
+    "fuzz": [sys.executable, "tools/fuzz.py", "--inputs", "100"],
     # the site, anew: what is unchanged since the last time would not warn again
     "docs": [sys.executable, "-m", "sphinx", "-EWqb", "html", "-d", "build/doctrees", "docs", "build/docs"],
 }

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -253,16 +252,3 @@ def test_a_fault_of_the_first_process_reaches_the_others(tmp_path):
     with pytest.raises(StorageFault) as fault:
         write_text(tmp_path / "nowhere" / "file", "")
     assert str(pickle.loads(pickle.dumps(fault.value))) == str(fault.value)
-
-
-@pytest.mark.check
-def test_a_few_kills_at_random_moments(tmp_path):
-    tool = Path(__file__).parents[3] / "tools" / "soak.py"
-    done = subprocess.run(
-        [sys.executable, tool, "--kills", "4", "--out", tmp_path / "soak"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.match(r"[4-9]\d* kills, ", done.stdout.splitlines()[-1])

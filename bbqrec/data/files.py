@@ -114,7 +114,7 @@ class Sink(io.BufferedIOBase):
     """
 
     def __init__(self, path: str | Path):
-        self._file = open(path, "wb")  # noqa: SIM115
+        self._file = open(path, "wb")  # noqa: SIM115 (a `with` would end too early: `close` closes it)
         self._fault: OSError | None = None
 
     def write(self, data: Any) -> int:

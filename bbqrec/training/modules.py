@@ -198,7 +198,8 @@ class SequenceModule(EpochSeeded):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Item embeddings move where a step has their item: with a sampled softmax those are few of many."""
         options = self.config.training
-        table = self.model.item_id if getattr(self.model, "samples", False) else None
+        samples = isinstance(self.model, SequenceModel) and self.model.samples
+        table = self.model.item_id if samples else None
         others = [parameter for parameter in self.parameters() if parameter is not table]
         tables = [] if table is None else [table]
         return RowwiseAdamW(others, tables, lr=options.learning_rate, weight_decay=options.weight_decay)

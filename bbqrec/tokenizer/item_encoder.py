@@ -44,10 +44,10 @@ def save_preparation(folder: Path, features: dict[str, Features], directions: Te
     if directions is not None:
         blocks = directions.split([len(each.mean) for each in used.values()])
         columns["directions"] = [block.tolist() for block in blocks]
-    atomically(folder / FEATURES, pl.DataFrame(columns).write_parquet)
     for feature in features.values():
         if feature.words is not None:
             feature.words.save(folder / WORDS)
+    atomically(folder / FEATURES, pl.DataFrame(columns).write_parquet)  # last: it says that all is there
 
 
 def read_preparation(path: Path) -> tuple[dict[str, Standardization], Tensor | None]:

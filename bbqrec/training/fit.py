@@ -25,7 +25,14 @@ from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
-from bbqrec.tokenizer.item_encoder import TOKENIZER, catalogue_features, principal_directions, save_preparation
+from bbqrec.tokenizer.item_encoder import (
+    FEATURES,
+    TOKENIZER,
+    catalogue_features,
+    principal_directions,
+    read_preparation,
+    save_preparation,
+)
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots
@@ -150,10 +157,10 @@ def _start(
     bars = is_first() and (sys.stderr.isatty() if progress is None else progress)
     directions = None
     if not run.finished:
-        if config.model.features:
-            directions = principal_directions(features, config.model.feature_width)
         if features:
-            first_does(lambda: save_preparation(run.folder, features, directions))
+            first_does(lambda: _prepare(run, features, config))
+            with damage_named(run.folder / FEATURES):
+                directions = read_preparation(run.folder / FEATURES)[1]
         widths = [f"{name} ({feature.values.shape[1]})" for name, feature in features.items()]
         say(
             f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, features: {', '.join(widths) or 'none used'}"
@@ -170,6 +177,14 @@ def _start(
             elif len(channels) == len(features):
                 say(f"model.cross_modal: no, of {MAX_CHANNELS} channels in attention it needs {len(features) ** 2}")
     return _Job(run, data, features, directions, split, config, bars, say)
+
+
+def _prepare(run: Run, features: dict[str, Features], config: Config) -> None:
+    """Once a run: another machine may find other directions, and a checkpoint has features in those of the first."""
+    if (run.folder / FEATURES).is_file():
+        return
+    width = config.model.feature_width if config.model.features else None
+    save_preparation(run.folder, features, principal_directions(features, width))
 
 
 def _chosen_features(data: Dataset, config: Config) -> dict[str, Features]:

@@ -362,6 +362,22 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_ends(
     assert ours["train/loss"].to_list() == theirs["train/loss"].to_list()
 
 
+def test_a_resumed_run_reads_features_in_the_directions_of_its_start(tiny_data, tiny_config, tmp_path, monkeypatch):
+    config = tiny_config.override({"model.feature_width": 5})
+    with monkeypatch.context() as patch:
+        stop_after(patch, SequenceModule, 0, throw)
+        with pytest.raises(Stop):
+            fit(tiny_data, tmp_path / "run", config=config, progress=False)
+    found = fitting.principal_directions
+    monkeypatch.setattr(
+        fitting, "principal_directions", lambda *arguments: -found(*arguments)
+    )  # as another machine may
+    run = fit(tiny_data, tmp_path / "run", config=config, progress=False)
+    rows = {name: np.where(f.present[:, None], f.values, np.nan) for name, f in tiny_data.features.items()}
+    encoded = run.item_encoder.encode(tiny_data.n_items, rows, None)
+    torch.testing.assert_close(encoded.features, run.model.features, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("module", "epoch"), [(TokenizerModule, 1), (SequenceModule, 1)])
 def test_an_interrupted_tiger_ends_where_an_undisturbed_one_ends(
     module, epoch, tiger_run, tiny_data, tmp_path, monkeypatch

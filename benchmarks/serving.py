@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving --csv FILE [--items 10000 100000] [--threads 2] [--no-compiled]
 
-The models are bbqrec's, with two modalities of 384 features, all of them read, and random weights: these do not change the
-time. Histories have 1 to `model.max_length` items, 10 recommended ones each, and the history is left out. One row a
+The models are bbqrec's, with two modalities of 384 features, all of them read, and random weights, which do not change
+the time. Histories have 1 to `model.max_length` items, 10 recommended ones each, and the history is left out. One row a
 way, catalogue and batch size; ways take turns, call by call.
 
 milliseconds       of the fastest call: the others differ by what else the machine does; `median` of all

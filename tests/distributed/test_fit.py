@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,11 +102,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def launch(processes: int, code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs the code under `torchrun`, beside what its second argument names."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = Path(arguments[1]).parent / "script.py"
-    script.write_text(code)
     done = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
+        [*command, *in_a_file(code, *arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -112,6 +113,33 @@ def launch(processes: int, code: str, *arguments: object, check: bool = True) ->
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def without_launcher(processes: int, code: str, *arguments: object) -> list[subprocess.CompletedProcess]:
+    """Runs it in processes that nobody ends where one of them does: `torchrun` ends the others, sooner or later."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", **address, **world}
+    command = [sys.executable, *in_a_file(code, *arguments)]
+    started = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True
+        )
+        for n in range(processes)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
+        for process, stderr in zip(started, said, strict=True)
+    ]
+
+
+def in_a_file(code: str, *arguments: object) -> list[str]:
+    script = Path(arguments[1]).parent / "script.py"
+    script.write_text(code)
+    return [str(script), *map(str, arguments)]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +197,12 @@ def test_where_a_process_dies_the_others_say_so_and_end(data: Dataset, tmp_path:
         "    ended(self)\n"
         "m.SequenceModule.on_train_epoch_end = end\n"
     )
-    done = launch(2, die + FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY), check=False)
-    assert done.returncode
-    assert "ConnectionError: processes: process 0 lost another of 2" in done.stderr
-    launch(2, FIT, data.path, tmp_path / "run", "sasrec", json.dumps(TINY))
+    arguments = (data.path, tmp_path / "run", "sasrec", json.dumps(TINY))
+    first, second = without_launcher(2, die + FIT, *arguments)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 1
+    assert "ConnectionError: processes: process 0 lost another of 2" in first.stderr
+    launch(2, FIT, *arguments)
 
 
 def test_what_the_first_process_refuses_all_refuse(data: Dataset, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """What the GPU kernels cost, told without a GPU: `python -m benchmarks.static`.
 
-Compiles every Triton kernel, and every csrc/cuda/*.cu where nvcc is at hand, and counts in the machine code: registers,
-spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop is the
-innermost one with the most tensor-core instructions, or the longest innermost loop where none has any (as in attention
-over codes that are not packed, whose innermost loop compares levels). Attention has one for whole tiles, the shorter,
-which counts, and one for tiles in which pairs are hidden; neither may spill (see `Row.spills_allowed`).
+Compiles every Triton kernel, and the library of csrc/cuda where nvcc is at hand, and counts in the machine code:
+registers, spills, shared memory, instructions of the main loop, tensor-core instructions, global atomics. The main loop
+is the innermost one with the most tensor-core instructions, or the longest innermost loop where none has any (as in
+attention over codes that are not packed, whose innermost loop compares levels). Attention has one for whole tiles, the
+shorter, which counts, and one for tiles in which pairs are hidden; neither may spill (see `Row.spills_allowed`).
 
 The table is benchmarks/results/static.csv (`--write` renews it); `--check` compares with it and fails where a kernel
 got worse. tests/compile_only/test_static.py is that comparison.
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "static.csv"
-CUDA_SOURCES = ROOT / "csrc" / "cuda"
+CUDA_BUILD = ROOT / "build" / "cuda"
 ARCHITECTURES = (80, 90, 100)
 INSTRUCTIONS_A_SPILL = 20  # of a main loop, at least, where spills are allowed
 SLACK = 1.05  # of the instructions of a main loop: other versions of a compiler place a few more or less
@@ -361,45 +363,79 @@ def measure_triton(case: Case, architecture: int) -> Row:
 # ---- CUDA C++ -----------------------------------------------------------------------------------------------------
 
 
-def measure_cuda(source: Path, architecture: int) -> list[Row]:
-    """Compiles a .cu, and counts in each of its kernels. Dynamic shared memory is not in the machine code."""
+def missing_tool() -> str | None:
+    """What keeps the CUDA sources from being compiled here, None if nothing."""
+    return next((f"no {tool} on this machine" for tool in ("nvcc", "cmake", "ninja") if not _which(tool)), None)
+
+
+@functools.cache
+def cuda_library() -> Path:
+    """`_C_cuda.so` for every architecture, as setup.py makes it, warnings being errors; built where sources are new.
+
+    Raises:
+        RuntimeError: a command fails; the message is its output.
+    """
     import torch
 
+    torch_folder = Path(torch.__file__).parent
+    defines = {"BBQ_CUDA": "ON", "BBQ_TORCH_DIR": torch_folder, "BBQ_WERROR": "ON", "CMAKE_CUDA_FLAGS": "--threads=0"}
+    CUDA_BUILD.mkdir(parents=True, exist_ok=True)
+    with (CUDA_BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several processes ask for it
+        options = [f"-D{name}={value}" for name, value in defines.items()]
+        _run(
+            ["cmake", "-S", ROOT, "-B", CUDA_BUILD, "-G", "Ninja", f"-DCMAKE_CUDA_COMPILER={_which('nvcc')}", *options]
+        )
+        _run(["cmake", "--build", CUDA_BUILD, "--target", "_C_cuda"])
+    return CUDA_BUILD / "_C_cuda.so"
+
+
+def measure_cuda(architecture: int) -> list[Row]:
+    """Counts in each kernel of the library. Dynamic shared memory is not in the machine code."""
     target = f"sm_{architecture}" + ("a" if architecture >= 90 else "")
-    headers = Path(torch.__file__).parent / "include"
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernels.cubin"
-        command = [
-            "nvcc",
-            "-std=c++20",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            "-cubin",
-            f"-arch={target}",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        ]
-        includes = [f"-I{path}" for path in (headers, headers / "torch" / "csrc" / "api" / "include", ROOT / "csrc")]
-        subprocess.run([*command, *includes, "-DUSE_CUDA", "-o", binary, source], check=True)
-        code, version = disassemble(binary), subprocess.check_output(["nvcc", "--version"], text=True)
-        release = re.search(r"release ([\d.]+)", version)[1]
-        rows = []
-        for function, resources in usage(binary).items():
-            name = subprocess.run(["c++filt", "-p", function], capture_output=True, text=True).stdout.strip()
-            name = re.sub(r"^void bbq::entry<(?:bbq::)?(.*?) ?>\(.*$|^bbq::entry<(?:bbq::)?(.*?) ?>$", r"\1\2", name)
-            counts = measure(code[function])
-            rows.append(
-                Row(
-                    name or function,
-                    source.stem,
-                    target,
-                    f"nvcc {release}",
-                    unit="",
-                    instructions_per_unit=0.0,
-                    **resources,
-                    **counts,
-                )
-            )
+    objects = sorted(cuda_library().parent.glob("CMakeFiles/_C_cuda.dir/**/*.cu.o"))
+    release = re.search(r"release ([\d.]+)", _run([_which("nvcc"), "--version"]))[1]
+    rows = []
+    for compiled in objects:
+        with tempfile.TemporaryDirectory() as folder:
+            _run([tool("cuobjdump"), "-arch", target, "-xelf", "all", compiled], cwd=folder)
+            (binary,) = Path(folder).iterdir()
+            code, used = disassemble(binary), usage(binary)
+        for function, resources in used.items():
+            source = compiled.name.partition(".")[0]
+            which = _kernel_name(function), source, target, f"nvcc {release}"
+            rows.append(Row(*which, unit="", instructions_per_unit=0.0, **resources, **measure(code[function])))
     return rows
+
+
+def _kernel_name(function: str) -> str:
+    """The functor that the kernel `entry` runs."""
+    name = _run(["c++filt", "-p", function]).strip() if shutil.which("c++filt") else function
+    return re.sub(r"^void bbq::entry<(?:bbq::)?(.*?) ?>\(.*$|^bbq::entry<(?:bbq::)?(.*?) ?>$", r"\1\2", name)
+
+
+def _run(command: list[object], cwd: str | None = None) -> str:
+    environment = {**os.environ, "PATH": _path()}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}")
+    return done.stdout
+
+
+def _path() -> str:
+    """The scripts beside this Python come first: the machine's own CMake may be too old."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/local/cuda/bin"])
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=_path())
 
 
 # ---- table --------------------------------------------------------------------------------------------------------
@@ -473,11 +509,10 @@ def main(arguments: list[str] | None = None) -> int:
             print("no Triton kernels: pip install triton", file=sys.stderr)
         if options.triton_only:
             continue
-        if shutil.which("nvcc"):
-            for source in sorted(CUDA_SOURCES.glob("*.cu")):
-                rows += [row for row in measure_cuda(source, architecture) if options.kernel in row.kernel]
+        if missing := missing_tool():
+            print(f"no CUDA kernels: {missing}", file=sys.stderr)
         else:
-            print("no CUDA kernels: nvcc is not on the PATH", file=sys.stderr)
+            rows += [row for row in measure_cuda(architecture) if options.kernel in row.kernel]
     print(render(rows))
     if options.write:
         renewed = {row.architecture for row in rows}

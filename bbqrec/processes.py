@@ -1,7 +1,7 @@
 """Several processes that train one model together: who this one is, and what only the first of them does.
 
-`torchrun` starts them, on one host or several; each holds the whole model, and takes its share of the batches and of
-the users that are ranked. Without it, all of this is about one process and does nothing.
+`torchrun` starts them, on one host or several; each holds the whole model (but see `bbqrec.models.shards`), and takes its
+share of the batches and of the users that are ranked. Without it, all of this is about one process and does nothing.
 """
 
 from __future__ import annotations
@@ -83,11 +83,14 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
-def gathered(part: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The parts `(sizes[r],)` of all processes r, on each of them."""
+def gathered(part: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
+    """The parts `(sizes[r], ...)` of all processes r, on each of them; without `sizes` they ask each other for them."""
+    world = rank_and_world()[1]
+    if sizes is None:
+        sizes = torch.cat(gathered(torch.tensor([len(part)], device=part.device), [1] * world)).tolist()
     if len(sizes) == 1:
         return [part]
-    padded = part.new_zeros(max(sizes))
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
     distributed.all_gather(parts, padded)

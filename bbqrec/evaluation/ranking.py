@@ -73,7 +73,7 @@ def target_ranks(
     """Rank of the held-out item of every user among all items, from 1: `(users,)` int64.
 
     Where several processes train together (see `bbqrec.processes`), all have to call it: each ranks for some users, and
-    all get the ranks of all.
+    all get the ranks of all. A ranker with `shards`, whose items they have shared out, scores for all users in each.
 
     Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
     A tie counts against the target.
@@ -95,6 +95,8 @@ def target_ranks(
         raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
     batch_users = batch_users or max(1, min(512, 2**24 // n_items))
     device, (rank, world) = _device(ranker), rank_and_world()
+    if getattr(ranker, "shards", None) is not None:
+        rank, world = 0, 1
     starts = range(0, len(heldout), batch_users)  # the same batches for any number of processes: the same scores
     score = partial(ranker.score, vectors=ranker.item_vectors()) if hasattr(ranker, "item_vectors") else ranker.score
     found = []
@@ -113,12 +115,11 @@ def target_ranks(
             rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
             excluded[rows, torch.from_numpy(histories.items).to(device)] = True
         found.append(ranks(scores, targets, excluded).cpu())
-    return _of_all_processes(found, starts, len(heldout))
+    return _of_all_processes(found, starts, len(heldout), world)
 
 
-def _of_all_processes(found: list[Tensor], starts: range, users: int) -> np.ndarray:
+def _of_all_processes(found: list[Tensor], starts: range, users: int, world: int) -> np.ndarray:
     """The ranks of all users, of which process r found those of batches r, r + world, ...; `starts`: of the batches."""
-    world = rank_and_world()[1]
     batches = torch.arange(users).split(starts.step)
     of_process = [torch.cat(batches[r::world]) if r < len(batches) else torch.arange(0) for r in range(world)]
     mine = torch.cat(found) if found else torch.arange(0)

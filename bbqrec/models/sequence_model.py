@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -12,6 +13,7 @@ from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
 from bbqrec.models.item_knn import history_profiles
 from bbqrec.models.losses import catalogue_cross_entropy, sampled_cross_entropy
+from bbqrec.models.shards import ItemShards, own_rows
 from bbqrec.models.transformer import CausalTransformer
 from bbqrec.processes import rank_and_world
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
@@ -19,6 +21,7 @@ from bbqrec_kernels import Term, gap, pack, prefix, similarity_attention_varlen
 
 MAX_CHANNELS = 8  # of all terms of the attention operator
 TIME_BUCKETS = 48  # powers of two of a time gap: decades, even in milliseconds
+TABLES_OF_ITEMS = ("codes", "item_id", "features")  # parameters and buffers with a row for each item
 
 
 class SequenceModel(nn.Module):
@@ -57,6 +60,7 @@ class SequenceModel(nn.Module):
             raise ValueError("model.item_id: got false without content, so items have no vector; set it to true")
         self.config = config
         self.n_trained, self.n_added = n_items, 0  # items: see `add_items`
+        self.shards: ItemShards | None = None  # see `share_items`
         self.samples = config.sampled_items is not None and config.sampled_items < n_items
         self.item_id = nn.Parameter(torch.randn(n_items, config.dim) * config.dim**-0.5) if config.item_id else None
         self.register_buffer("features", features.clone() if config.features else None)
@@ -97,33 +101,66 @@ class SequenceModel(nn.Module):
             self.features = torch.cat([self.features, features.to(self.features.device)])
         self.n_added += len(features if codes is None else codes)
 
+    def share_items(self) -> None:
+        """Leaves each process its rows of the tables of items, where several train together; all of them call it.
+
+        From then on they have to call everything together. `item_vectors` are those of a process's own items, each
+        `score`s the same histories, and `loss` without `sampled_items` is that of all their batches.
+
+        Raises `ValueError` where a process would have no item.
+        """
+        if rank_and_world()[1] == 1:
+            return
+        self.shards = ItemShards(self.n_trained)
+        for name in self.tables_of_items:
+            table = self.shards.share(getattr(self, name))
+            setattr(self, name, nn.Parameter(table) if name == "item_id" else table)
+
+    @property
+    def tables_of_items(self) -> list[str]:
+        """Those of `TABLES_OF_ITEMS` that it has."""
+        return [name for name in TABLES_OF_ITEMS if getattr(self, name, None) is not None]
+
     def item_vectors(self) -> Tensor:
         """`(n_items, dim)`."""
         trained, added = slice(self.n_trained), slice(self.n_trained, None)
-        vectors = self._vectors(trained, self.item_id)
+        vectors = self._vectors(trained, None if self.item_id is None else own_rows(self.item_id))
         # Apart: in its last bits, what a matrix product makes of a row may depend on how many rows there are.
         return torch.cat([vectors, self._vectors(added)]) if self.n_added else vectors
 
     def _vectors(self, rows: slice | Tensor, item_id: Tensor | None = None) -> Tensor:
-        """Vectors of some items; `item_id` are theirs."""
+        """Vectors of some items, by their rows; `item_id` are theirs."""
         parts = [] if item_id is None else [item_id]
         if self.has_content:
-            parts.append(self.content(decode(self.codes[rows], self.codebooks)))
+            parts.append(self.content(decode(own_rows(self.codes)[rows], self.codebooks)))
         if self.features is not None:
-            parts.append(self.of_features(self.features[rows]))
+            parts.append(self.of_features(own_rows(self.features)[rows]))
         return sum(parts[1:], parts[0])
+
+    def _look_up(self, items: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of the rows of these items, wherever they are: see `ItemShards.look_up`."""
+        return make(items) if self.shards is None else self.shards.look_up(items, make)
 
     def forward(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
         """Hidden states `(T, dim)` of packed histories; `vectors` are `item_vectors()`, if at hand."""
         vectors = self.item_vectors() if vectors is None else vectors
-        return self.transformer(F.embedding(batch.items, vectors), batch, self._terms(batch))
+        inputs = self._look_up(batch.items, lambda rows: F.embedding(rows, vectors))
+        return self.transformer(inputs, batch, self._terms(batch))
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Mean cross-entropy of the next item at every position of the batch, over the whole catalogue or a sample."""
+        """Mean cross-entropy of the next item at every position of the batch, over the whole catalogue or a sample.
+
+        With `loss_is_of_all` at every position of the batches of all processes.
+        """
         if self.samples:
             return self._sampled_loss(batch)
         vectors = self.item_vectors()
-        return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets)
+        return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets, self.shards)
+
+    @property
+    def loss_is_of_all(self) -> bool:
+        """Whether `loss` is one for all processes, and equal in them."""
+        return self.shards is not None and not self.samples
 
     def _sampled_loss(self, batch: PackedBatch) -> Tensor:
         """Makes the vectors of the items in question only; all positions have the same sample."""
@@ -131,12 +168,15 @@ class SequenceModel(nn.Module):
         parts = batch.items, batch.targets, sampled
         items, rows = torch.cat(parts).unique(return_inverse=True)
         inputs, targets, others = rows.split([len(part) for part in parts])
-        own = None
-        if self.item_id is not None:  # not every backend sums up sparse gradients of several processes
-            own = F.embedding(items, self.item_id, sparse=rank_and_world()[1] == 1)
-        vectors = self._vectors(items, own)
+        vectors = self._look_up(items, self._vectors_of)
         hidden = self.transformer(F.embedding(inputs, vectors), batch, self._terms(batch))
         return sampled_cross_entropy(*self.compared(hidden, vectors), targets, others, self.n_trained)
+
+    def _vectors_of(self, rows: Tensor) -> Tensor:
+        item_id = None
+        if self.item_id is not None:  # not every backend sums up sparse gradients of several processes
+            item_id = F.embedding(rows, own_rows(self.item_id), sparse=rank_and_world()[1] == 1)
+        return self._vectors(rows, item_id)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, vectors: Tensor | None = None) -> Tensor:
@@ -153,8 +193,9 @@ class SequenceModel(nn.Module):
 
     def similarity(self, batch: PackedBatch) -> Tensor:
         """What `similarity_output` adds to the scores `(B, n_items)`."""
-        profiles = history_profiles(batch, self.features, self.similarity_decay)
-        return self.similarity_weight * self.products(profiles, self.features)
+        features = own_rows(self.features)
+        profiles = history_profiles(batch, self._look_up(batch.items, features.__getitem__), self.similarity_decay)
+        return self.similarity_weight * self.products(profiles, features)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -175,6 +216,8 @@ class SequenceModel(nn.Module):
 
     def products(self, hidden: Tensor, vectors: Tensor) -> Tensor:
         """`hidden (B, d)` with `vectors (n_items, d)`: `(B, n_items)`, added items apart as in `item_vectors`."""
+        if self.shards is not None:
+            return self.shards.of_all(vectors @ hidden.T).T
         if not self.n_added:
             return hidden @ vectors.T
         return torch.cat([hidden @ part.T for part in vectors.tensor_split([self.n_trained])], dim=1)
@@ -190,7 +233,7 @@ class SequenceModel(nn.Module):
         terms = [[] for _ in self.transformer.blocks]
         if self.tables is not None:
             left, right = zip(*self.channels, strict=True)
-            codes = self.codes[batch.items]  # (T, M, L)
+            codes = self._look_up(batch.items, own_rows(self.codes).__getitem__)  # (T, M, L)
             query, key = pack(codes[:, left], self.codebook_size), pack(codes[:, right], self.codebook_size)
             for layer, table in zip(terms, self.tables, strict=True):
                 layer.append(prefix(query, table, key_codes=key))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
+from bbqrec.models.shards import shard_sizes
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
 from bbqrec.tokenizer.item_encoder import (
@@ -218,6 +220,8 @@ def _check_options(data: Dataset, features: dict[str, Features], split: Split, c
         )
     model, tokenizer = config.model, config.tokenizer
     config.check_read()
+    if model.sharded_items:
+        shard_sizes(data.n_items, rank_and_world()[1])  # refuses too few items
     if model.relative_time and data.histories.timestamps is None:
         raise ValueError(f"model.relative_time: got true, but {data.name} has no timestamps; set it to false")
     _check_heads("model.dim", model.dim, model.heads, "model.heads")
@@ -309,15 +313,22 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     """Trains until the validation metric stops rising, and returns the model of the best epoch."""
     options, max_length = job.config.training, job.config.model.max_length
     torch.manual_seed(options.seed)
-    model = build_model(job.config, job.data.n_items, semantic_ids, _features_of_model(job))
+    build = partial(build_model, job.config, job.data.n_items, semantic_ids, _features_of_model(job))
+    model = build()
+    if job.config.model.sharded_items:
+        model.share_items()
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     user_ids = job.data.user_ids
     module = SequenceModule(model, job.config, batches, user_ids, job.split.validation, job.data.n_items)
     if isinstance(model, SequenceModel) and model.samples:
         job.say(f"sequence model: softmax over {job.config.model.sampled_items:,} items drawn each step")
+    if module.shards is not None:
+        job.say(f"sequence model: {module.shards.sizes[0]:,} of {job.data.n_items:,} items in each process")
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
     best = train(module, stage, bars=job.bars, say=job.say)
+    if module.shards is not None:
+        module.model = model = build()  # a whole one in the host's memory: what follows is as it ever is
     module.load_state_dict(best["state_dict"])
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     model = model.cpu().eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,6 +15,7 @@ from bbqrec.data.batches import PackedBatch, TrainingBatches
 from bbqrec.data.splits import Heldout
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.shards import own_rows
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import rank_and_world, summed
 from bbqrec.tokenizer.model import Tokenizer
@@ -60,7 +62,8 @@ class EpochSeeded(L.LightningModule):
         raise ValueError(self._diverged(what))
 
     def on_train_epoch_end(self) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.parameters()):
+        finite = all(own_rows(parameter).isfinite().all() for parameter in self.parameters())
+        if summed(torch.tensor(0.0 if finite else 1.0, device=self.device)):  # of rows that any process holds
             raise ValueError(self._diverged("weights are not finite"))
 
     def last_good_checkpoint(self) -> str:
@@ -153,7 +156,8 @@ class TokenizerModule(EpochSeeded):
 class SequenceModule(EpochSeeded):
     """Minimizes the next-item cross-entropy, and ranks the validation targets after every epoch.
 
-    With several processes a step is one over the transitions of all their batches together.
+    With several processes a step is one over the transitions of all their batches together. Checkpoints are the same
+    whether items are shared out or not: any number of processes can go on from them.
     """
 
     learning_rate_option = "training.learning_rate"
@@ -172,6 +176,9 @@ class SequenceModule(EpochSeeded):
         self.config = config
         self.validation = validation
         self.n_items = n_items
+        self.shards = model.shards if isinstance(model, SequenceModel) else None
+        if self.shards is not None:  # other rows in every process: nothing to make equal, nor to average
+            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in model.tables_of_items]
 
     def training_step(self, batch: PackedBatch, _: int) -> Tensor:
         loss = self.model.loss(batch)
@@ -180,10 +187,15 @@ class SequenceModule(EpochSeeded):
         return loss * self._share(batch)
 
     def _share(self, batch: PackedBatch) -> Tensor | float:
-        """What makes the mean over processes of their losses, which are means over transitions, one mean over all."""
+        """What makes the mean over processes of their losses, which are means over transitions, one mean over all.
+
+        With items shared out, gradients cross over, so that each process finds a part of them: their sum is wanted.
+        """
         _, world = rank_and_world()
         if world == 1:
             return 1.0
+        if self.shards is not None and self.model.loss_is_of_all:
+            return float(world)
         count = torch.tensor(float(len(batch.items)), device=self.device)
         return count * world / summed(count)
 
@@ -195,11 +207,50 @@ class SequenceModule(EpochSeeded):
         self.log(VALIDATION_METRIC, metrics["ndcg@10"], prog_bar=True)
         self.log("validation/recall@10", metrics["recall@10"], prog_bar=True)
 
+    def on_after_backward(self) -> None:
+        """The gradient of an own row is the whole one: nothing averages away what `_share` multiplied it by."""
+        if self.shards is not None and self.model.item_id is not None:
+            own_rows(self.model.item_id.grad).div_(len(self.shards.sizes))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Item embeddings move where a step has their item: with a sampled softmax those are few of many."""
+        """Item embeddings move where a step has their item: with a sampled softmax those are few of many.
+
+        With `sharded_items` they are a group of their own, as no kernel takes distributed and other tensors together.
+        """
         options = self.config.training
         samples = isinstance(self.model, SequenceModel) and self.model.samples
-        table = self.model.item_id if samples else None
+        table = self.model.item_id if samples or self.config.model.sharded_items else None
         others = [parameter for parameter in self.parameters() if parameter is not table]
         tables = [] if table is None else [table]
-        return RowwiseAdamW(others, tables, lr=options.learning_rate, weight_decay=options.weight_decay)
+        optimizer = RowwiseAdamW(
+            others, tables if samples else [], lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        if tables and not samples:
+            optimizer.add_param_group({"params": tables})
+        return optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts whole tables in the place of shares, for the first process, which writes them."""
+        if self.shards is None:
+            return
+
+        def whole(values: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: self.shards.whole(value) if hasattr(value, "to_local") else value
+                for name, value in values.items()
+            }
+
+        checkpoint["state_dict"] = whole(checkpoint["state_dict"])
+        for optimizer in checkpoint["optimizer_states"]:
+            optimizer["state"] = {parameter: whole(state) for parameter, state in optimizer["state"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes shares of whole tables."""
+        if self.shards is None:
+            return
+        weights = checkpoint["state_dict"]
+        weights |= {name: self.shards.share(weights[name]) for name in self._ddp_params_and_buffers_to_ignore}
+        if self.model.item_id is not None:
+            (optimizer,) = checkpoint["optimizer_states"]
+            state = optimizer["state"][optimizer["param_groups"][-1]["params"][0]]  # see `configure_optimizers`
+            state |= {name: self.shards.share(value) for name, value in state.items() if value.dim()}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bbqrec.models.shards import own_rows
+
 
 class RowwiseAdamW(torch.optim.AdamW):
     """AdamW that, of the tables given as `tables`, changes only the rows with a gradient, weight decay included.
@@ -18,7 +20,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 
     Args:
         parameters: all that AdamW trains as ever.
-        tables: `(N, dim)` each.
+        tables: `(N, dim)` each; of a distributed one, each process moves its own rows.
         options: those of `torch.optim.AdamW`.
     """
 
@@ -42,11 +44,12 @@ class RowwiseAdamW(torch.optim.AdamW):
         return loss
 
     def _step_of_rows(self, table: Tensor, options: dict[str, Any]) -> None:
-        rows, gradient = _rows_with_gradient(table.grad)
+        rows, gradient = _rows_with_gradient(own_rows(table.grad))
         state = self.state[table]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-            state["step"] = table.new_zeros(len(table), 1)
+            state["step"] = torch.zeros_like(table[:, :1])
+        table, state = own_rows(table), {name: own_rows(value) for name, value in state.items()}
         (first, second), rate = options["betas"], options["lr"]
         steps = state["step"][rows] + 1
         mean = state["exp_avg"][rows].lerp_(gradient, 1 - first)

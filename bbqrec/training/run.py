@@ -45,7 +45,7 @@ from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.data.text import WordVectors
 from bbqrec.evaluation.ranking import METRICS, evaluate
 from bbqrec.models.build import build_model
-from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.models.sequence_model import TABLES_OF_ITEMS, SequenceModel
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.item_encoder import (
     FEATURES,
@@ -263,7 +263,7 @@ def load_model(path: Path, config: Config) -> SequenceModel | Tiger:
         if "codes" in state:
             modalities = tuple(str(m) for m in range(state["codes"].shape[1]))
             semantic_ids = SemanticIDs(modalities, state["codes"], state["codebooks"])
-        tables = [state[name] for name in ("codes", "item_id", "features") if name in state]
+        tables = [state[name] for name in TABLES_OF_ITEMS if name in state]
         if not tables:
             raise LookupError("it has no table of items")
         n_items = len(tables[0])

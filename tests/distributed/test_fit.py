@@ -59,7 +59,7 @@ with together():
     if rank == 0:
         print(json.dumps({"world": world, "revivals": len(moved), "evaluated": everybody[0][1]}))
 """
-# One step of plain gradient descent shows the gradient.
+# One step of plain gradient descent shows the gradient: for each case of options, on a catalogue made up.
 STEP = """
 import json, sys
 from pathlib import Path
@@ -69,10 +69,12 @@ from bbqrec.data.batches import TrainingBatches
 from bbqrec.data.splits import leave_one_out
 from bbqrec.models.build import build_model
 from bbqrec.processes import is_first, together
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training.modules import SequenceModule
 from bbqrec.training.trainer import Stage, train
 
-data, out, options, tokens = Dataset.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+data, out, cases, tokens = Dataset.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+split, n_items = leave_one_out(data), data.n_items
 
 
 class Descent(SequenceModule):
@@ -80,24 +82,55 @@ class Descent(SequenceModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-with together():
-    config = Config().override(options)
-    split = leave_one_out(data)
+def step(config, folder):
     batches = TrainingBatches(split.train, 12, tokens, seed=0)
-    torch.manual_seed(0)
-    model = build_model(config, data.n_items, None)
-    module = Descent(model, config, batches, data.user_ids, split.validation, data.n_items)
     assert len(batches) == 1, len(batches)
-    train(module, Stage(out, "sequence_model", 1))
+    torch.manual_seed(0)
+    codes, features = torch.randint(4, (n_items, 2, 3)), torch.randn(n_items, 5)
+    codes[::5, 1] = -1
+    ids = SemanticIDs(("text", "image"), codes, torch.randn(1, 3, 4, 8)) if config.model_name == "bbqrec" else None
+    model = build_model(config, n_items, ids, features)
+    if config.model.sharded_items:
+        model.share_items()
+    module = Descent(model, config, batches, data.user_ids, split.validation, n_items)
+    return train(module, Stage(folder, "sequence_model", 1))["state_dict"]
+
+
+with together():
+    after = {name: step(Config().override(options), out / name) for name, options in cases.items()}
     if is_first():
-        torch.save(module.model.state_dict(), out / "after.pt")
+        torch.save(after, out / "after.pt")
+"""
+# With items shared out and without, under the same seeds.
+SHARE = """
+import json, sys
+from bbqrec import Config, fit
+from bbqrec.models.sequence_model import SequenceModel
+from bbqrec.processes import rank_and_world, together
+
+share = SequenceModel.share_items
+
+
+def share_and_look(model):
+    share(model)
+    own = [getattr(model, name).to_local() for name in ("item_id", "features", "codes")]
+    assert [len(rows) for rows in own] == [(21, 20)[rank_and_world()[0]]] * 3
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in own)
+
+
+SequenceModel.share_items = share_and_look
+data, out, options = sys.argv[1:]
+with together():
+    for name, shared in (("whole", False), ("shared", True)):
+        config = Config().override({**json.loads(options), "model.sharded_items": shared})
+        fit(data, f"{out}/{name}", config=config, progress=False)
 """
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("data") / "tiny"
-    make_demo_dataset(n_users=70, n_items=40).save(folder)
+    make_demo_dataset(n_users=70, n_items=41).save(folder)
     return Dataset.load(folder)
 
 
@@ -159,15 +192,36 @@ def test_processes_agree_and_one_evaluates_as_all(data: Dataset, tmp_path: Path,
 
 
 def test_a_step_of_two_processes_is_one_over_all_their_transitions(data: Dataset, tmp_path: Path) -> None:
-    options = json.dumps({"model_name": "sasrec", "model.dim": 16, "model.max_length": 12, "model.dropout": 0.0})
+    options = {"model.dim": 16, "model.max_length": 12, "model.dropout": 0.0}
+    shared, sampled = {**options, "model.sharded_items": True}, {"model.sampled_items": 20}
+    cases = {
+        "whole": {**options, "model_name": "sasrec"},
+        "shared": {**shared, "model_name": "sasrec"},
+        "shared, with content": shared,
+        "sampled": {**options, **sampled},
+        "sampled, shared": {**shared, **sampled},
+    }
     tokens = int(sum(max(0, length - 3) for length in data.histories.lengths))
     for processes, share in ((1, tokens), (2, tokens // 2 + 1)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch(processes, STEP, data.path, folder, options, share)
+        launch(processes, STEP, data.path, folder, json.dumps(cases), share)
     one, two = (torch.load(tmp_path / str(processes) / "after.pt") for processes in (1, 2))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    one["sampled, shared"] = two.pop("sampled")  # each process draws its own sample, whoever holds the rows
+    for case, weights in two.items():
+        assert weights.keys() == one[case].keys()
+        for name, value in one[case].items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
+
+
+def test_items_shared_out_are_trained_as_whole_tables_are(data: Dataset, tmp_path: Path) -> None:
+    launch(2, SHARE, data.path, tmp_path / "runs", json.dumps(TINY))
+    whole, shared = (Run(tmp_path / "runs" / name) for name in ("whole", "shared"))
+    for name, value in whole.model.state_dict().items():
+        print(name, (shared.model.state_dict()[name] - value).abs().max())
+        torch.testing.assert_close(shared.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert shared.metrics["test"] == whole.metrics["test"]
+    assert shared.metrics["test"] == shared.evaluate("test")
 
 
 @pytest.mark.check

@@ -86,7 +86,7 @@ class ModelConfig(Section):
         None, ge=1, description="items that a training step's softmax draws; null: all of them, exactly"
     )
     sharded_items: bool = Field(
-        False, description="of several processes, each holds its share of the tables of items, and no other's"
+        False, description="with several processes, each holds a share of the tables of items, and not all of them"
     )
     beam: int = Field(50, ge=1, description="items that TIGER's search finds, those of the history included")
 

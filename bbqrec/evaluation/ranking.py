@@ -95,7 +95,7 @@ def target_ranks(
         raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
     batch_users = batch_users or max(1, min(512, 2**24 // n_items))
     device, (rank, world) = _device(ranker), rank_and_world()
-    if getattr(ranker, "shards", None) is not None:
+    if getattr(ranker, "shards", None) is not None:  # it takes all processes to score anything
         rank, world = 0, 1
     starts = range(0, len(heldout), batch_users)  # the same batches for any number of processes: the same scores
     score = partial(ranker.score, vectors=ranker.item_vectors()) if hasattr(ranker, "item_vectors") else ranker.score

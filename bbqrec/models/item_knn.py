@@ -29,19 +29,16 @@ class ItemKNN(nn.Module):
 
     def score(self, batch: PackedBatch) -> Tensor:
         """`(B, n_items)` float32."""
-        return history_profiles(batch, self.rows[batch.items], self.decay) @ self.rows.T
+        return history_profiles(batch, self.rows, self.decay) @ self.rows.T
 
 
 def history_profiles(batch: PackedBatch, rows: Tensor, decay: float | Tensor) -> Tensor:
-    """`Σ_k decay^k rows_k` of each history, `(B, F)`: `k` counts its items from the latest, 0, backwards.
-
-    `rows (T, F)` are those of the batch's items.
-    """
+    """`Σ_k decay^k rows[x_k]` of each history, `(B, F)`: `k` counts its items from the latest, 0, backwards."""
     token = torch.arange(batch.items.shape[0], device=batch.items.device)
     history = torch.bucketize(token, batch.cu_seqlens[1:].long(), right=True)
     age = (batch.last[history] - token).float()
     profiles = rows.new_zeros(batch.last.shape[0], rows.shape[1])
-    return profiles.index_add(0, history, rows * (decay**age)[:, None])
+    return profiles.index_add(0, history, rows[batch.items] * (decay**age)[:, None])
 
 
 def _unit_rows(feature: Features) -> Tensor:

@@ -104,8 +104,8 @@ class SequenceModel(nn.Module):
     def share_items(self) -> None:
         """Leaves each process its rows of the tables of items, where several train together; all of them call it.
 
-        From then on they have to call everything together. `item_vectors` are those of a process's own items, each
-        `score`s the same histories, and `loss` without `sampled_items` is that of all their batches.
+        From then on all call `loss` together, and `score` for the same histories; `item_vectors` are those of a
+        process's own items. It is for training: `similarity` needs whole tables.
 
         Raises `ValueError` where a process would have no item.
         """
@@ -193,9 +193,8 @@ class SequenceModel(nn.Module):
 
     def similarity(self, batch: PackedBatch) -> Tensor:
         """What `similarity_output` adds to the scores `(B, n_items)`."""
-        features = own_rows(self.features)
-        profiles = history_profiles(batch, self._look_up(batch.items, features.__getitem__), self.similarity_decay)
-        return self.similarity_weight * self.products(profiles, features)
+        profiles = history_profiles(batch, self.features, self.similarity_decay)
+        return self.similarity_weight * self.products(profiles, self.features)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -177,8 +177,10 @@ class SequenceModule(EpochSeeded):
         self.validation = validation
         self.n_items = n_items
         self.shards = model.shards if isinstance(model, SequenceModel) else None
-        if self.shards is not None:  # other rows in every process: nothing to make equal, nor to average
-            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in model.tables_of_items]
+        if self.shards is not None:
+            self._tables = [f"model.{name}" for name in model.tables_of_items]
+            # Read by DDP: every process has other rows, so there is nothing to make equal, nor to average.
+            self._ddp_params_and_buffers_to_ignore = self._tables
 
     def training_step(self, batch: PackedBatch, _: int) -> Tensor:
         loss = self.model.loss(batch)
@@ -249,7 +251,7 @@ class SequenceModule(EpochSeeded):
         if self.shards is None:
             return
         weights = checkpoint["state_dict"]
-        weights |= {name: self.shards.share(weights[name]) for name in self._ddp_params_and_buffers_to_ignore}
+        weights |= {name: self.shards.share(weights[name]) for name in self._tables}
         if self.model.item_id is not None:
             (optimizer,) = checkpoint["optimizer_states"]
             state = optimizer["state"][optimizer["param_groups"][-1]["params"][0]]  # see `configure_optimizers`

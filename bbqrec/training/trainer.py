@@ -124,9 +124,6 @@ class _AtomicCheckpoints(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: _save(checkpoint, temporary))
 
-    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        return _load(path)
-
 
 class _Patience(EarlyStopping):
     """Early stopping that lowers the learning rate while it waits.
@@ -179,12 +176,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with ZipFile(path) as file:  # it has checksums, and PyTorch does not look at them
             if spoiled := file.testzip():
                 raise ValueError(f"{spoiled} in it has another checksum")
-        return _load(path)
-
-
-def _load(path: str | Path) -> dict[str, Any]:
-    # Written on a GPU, read without one. Processes of a host have one copy of it in memory, and read what they need.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=rank_and_world()[1] > 1)
+        return torch.load(path, map_location="cpu", weights_only=True)  # written on a GPU, read without one
 
 
 def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:

@@ -50,6 +50,7 @@ ALTERNATIVES = {
     "model.cosine_output": (True, {}),
     "model.output_scale": (3, {"model.cosine_output": True}),
     "model.sampled_items": (20, {}),
+    "model.sharded_items": (True, {}),
     "model.beam": (5, {"model_name": "tiger"}),
     "training.seed": (1, {}),
     "training.epochs": (1, {}),
@@ -59,6 +60,7 @@ ALTERNATIVES = {
     "training.learning_rate": (0.1, {}),
     "training.weight_decay": (5, {}),
 }
+OF_SEVERAL_PROCESSES = ["model.sharded_items"]  # see tests/distributed
 BASE = {"tokenizer.epochs": 2, "tokenizer.revive_after": 0, "training.epochs": 2, "training.patience": 12}
 
 
@@ -79,7 +81,7 @@ def outcome(timed_data, tiny_config, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("option", ALTERNATIVES)
+@pytest.mark.parametrize("option", [option for option in ALTERNATIVES if option not in OF_SEVERAL_PROCESSES])
 def test_another_value_ends_elsewhere(option, outcome, tiny_config):
     value, needed = ALTERNATIVES[option]
     assert value != flat_options(tiny_config.override({**BASE, **needed}))[option]
@@ -87,6 +89,14 @@ def test_another_value_ends_elsewhere(option, outcome, tiny_config):
     # Being there, or being of another size, does not count as doing something.
     alike = [n for n in weights.keys() & other_weights.keys() if weights[n].shape == other_weights[n].shape]
     assert rest != other_rest or not all(torch.equal(weights[name], other_weights[name]) for name in alike)
+
+
+@pytest.mark.parametrize("option", OF_SEVERAL_PROCESSES)
+def test_one_process_ends_where_it_would_without(option, outcome):
+    (weights, rest), (same_weights, same_rest) = outcome({}), outcome({option: ALTERNATIVES[option][0]})
+    assert rest == same_rest
+    assert weights.keys() == same_weights.keys()
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
 
 
 def test_every_option_has_an_alternative():

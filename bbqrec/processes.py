@@ -1,7 +1,8 @@
 """Several processes that train one model together: who this one is, and what only the first of them does.
 
 `torchrun` starts them, on one host or several; each holds the whole model (but see `bbqrec.models.shards`), and takes
-its share of the batches and of the users that are ranked. Without it, all of this is about one process and does nothing.
+its share of the batches and of the users that are ranked. Without it, all of this is about one process, and does
+nothing.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 from bbqrec.processes import gathered, rank_and_world, summed
 
@@ -28,8 +29,6 @@ class ItemShards:
     """
 
     def __init__(self, n_items: int):
-        from torch.distributed.device_mesh import init_device_mesh  # a second that one process has no use for
-
         self.rank, world = rank_and_world()
         self.sizes = shard_sizes(n_items, world)
         self.first = self.rank * self.sizes[0]
@@ -37,7 +36,7 @@ class ItemShards:
 
     def share(self, table: Tensor) -> Tensor:
         """A distributed tensor of the same values `(n_items, ...)`, of which this process keeps its rows alone."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Shard  # takes a second, which few who read models need
 
         own = table.detach()[self.first : self.first + self.sizes[self.rank]].clone()
         options = {"run_check": False, "shape": table.shape, "stride": table.stride()}

@@ -22,6 +22,7 @@ class ItemShards:
         n_items: size of the catalogue.
 
     Attributes:
+        rank: number of this process.
         sizes: rows of each process.
         first: number of the first row of this one.
 
@@ -63,7 +64,7 @@ class ItemShards:
         """What is made of the rows of `items`, in the processes that hold them: `(T, ...)`, differentiable.
 
         Args:
-            items: `(T,)` int64, which this process asks for; others ask for other and other many items.
+            items: `(T,)` int64, which this process asks for; others have questions of their own, any number of them.
             make: what `(N,)` own rows, counted from `first`, are to give: `(N, ...)`. They are those that anybody asks
                 for, and their gradients are sums over all who do.
         """

@@ -17,7 +17,7 @@ LOGS = ROOT / "build" / "check"
 WORKERS = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 STEPS = {
     # the CPU sources for other architectures and compilers; sdist, wheel, every way of pip install
-    "tests": [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS, "tests"],
+    "tests": [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS, "--dist", "loadgroup", "tests"],
     # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
     "sanitizers": ["bash", "tools/sanitize.sh", "-n", WORKERS],
     # every reader of files, on broken ones

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 CLANG = [sys.executable, "-m", "ziglang", "c++", "-target"]
 COMPILERS = {
     "x86-64": ["g++", "-march=x86-64"],
-    "x86-64-v3": ["g++", "-march=x86-64-v3"],
     "x86-64-v4": ["g++", "-march=x86-64-v4"],
     "x86-64 Linux, Clang": [*CLANG, "x86_64-linux-gnu"],
     "x86-64 macOS, Clang": [*CLANG, "x86_64-macos"],

@@ -18,7 +18,7 @@ import bbqrec_kernels
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bbqrec_kernels/", "bbqrec/")
 LIBRARY_FILES = {"bbqrec_kernels/_C.so", "bbqrec_kernels/_build.json"}
-pytestmark = pytest.mark.check
+pytestmark = [pytest.mark.check, pytest.mark.xdist_group("packaging")]  # one worker: it builds the wheel once
 
 SMOKE = """
 import json, warnings, torch, bbqrec_kernels

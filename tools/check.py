@@ -19,7 +19,9 @@ STEPS = {
     # the CPU sources for other architectures and compilers; sdist, wheel, every way of pip install
     "tests": [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS, "--dist", "loadgroup", "tests"],
     # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-    "sanitizers": ["bash", "tools/sanitize.sh", "-n", WORKERS],
+    "sanitizers": ["bash", "tools/sanitize.sh", "address,undefined", "-n", WORKERS],
+    # those of several threads under ThreadSanitizer, in one process: workers would share the threads out
+    "threads": ["bash", "tools/sanitize.sh", "thread"],
     # every reader of files, on broken ones
     "fuzz": [sys.executable, "tools/fuzz.py", "--inputs", "100"],
     # the site, anew: what is unchanged since the last time would not warn again

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Runs the operators' tests on a CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of
-# the tree under build/sanitize. Called by `make check`; arguments go to pytest.
+# tools/sanitize.sh address,undefined | thread [arguments of pytest]: runs the operators' tests on a CPU library built
+# with AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer, in a copy of the tree under
+# build/sanitize. Called by `make check`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
 copy=build/sanitize
+sanitizers=$1
+shift
 
 mkdir -p "$copy"
 rm -rf "$copy"/{bbqrec_kernels,csrc,tests}
@@ -13,22 +16,35 @@ mkdir "$copy/tests"
 cp -rp tests/conftest.py tests/bbqrec_kernels "$copy/tests"
 cd "$copy"
 rm -f bbqrec_kernels/_C.so
-BBQ_REQUIRE_CPU=1 BBQ_SANITIZE=address,undefined "$python" -W ignore setup.py -q build_libraries --inplace | tail -n 1
+BBQ_REQUIRE_CPU=1 BBQ_SANITIZE=$sanitizers "$python" -W ignore setup.py -q build_libraries --inplace | tail -n 1
 
+case $sanitizers in
+  address,undefined)
+    # torch.compile starts compilers and worker processes, and runs the same kernels; csrc/simt exchanges stacks, which
+    # the sanitizer cannot follow, and checks every access itself; avx2x16 is for tests alone, and slow.
+    runtime=asan
+    tests=(-k "not compile and not export and not simt and not avx2x16")
+    ;;
+  thread)
+    # Every operator, forward and backward, on more threads than a small machine has cores. Of the longest test the
+    # causal half, which writes the same memory.
+    runtime=tsan
+    tests=(-k "thread and not (many_units and False) and not simt")
+    export OMP_NUM_THREADS=4
+    ;;
+esac
 # Python itself is not instrumented: the runtime comes first by LD_PRELOAD, with the C++ library whose exceptions it
-# intercepts. What Python never frees is no leak of ours.
+# intercepts. What Python never frees is no leak of ours, and what torch and Python write is no race of ours.
 compiler=${CXX:-c++}
-LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so.6)"
+LD_PRELOAD="$($compiler -print-file-name=lib$runtime.so) $($compiler -print-file-name=libstdc++.so.6)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
-"$python" - <<'CHECK'
-import ctypes, bbqrec_kernels._library as library
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
+"$python" - "$sanitizers" $runtime <<'CHECK'
+import ctypes, sys, bbqrec_kernels._library as library
 assert library.CPU.loaded, library.CPU.blocker
 assert "build/sanitize" in str(library.CPU.path), library.CPU.path
-assert "-fsanitize=address,undefined" in library.CPU.build["flags"], library.CPU.build
-assert hasattr(ctypes.CDLL(None), "__asan_init"), "the sanitizer's runtime is not in the process"
+assert f"-fsanitize={sys.argv[1]}" in library.CPU.build["flags"], library.CPU.build
+assert hasattr(ctypes.CDLL(None), f"__{sys.argv[2]}_init"), "the sanitizer's runtime is not in the process"
 CHECK
-# torch.compile starts compilers and worker processes, and runs the same kernels; csrc/simt exchanges stacks, which the
-# sanitizer cannot follow, and checks every access itself; avx2x16 is for tests alone, and slow. A report ends the
-# process, so nothing may hold back what was written to stderr, and pytest may not take the signal.
-"$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -q \
-  -k "not compile and not export and not simt and not avx2x16" "$@" tests
+# A report ends the process, so nothing may hold back what was written to stderr, and pytest may not take the signal.
+"$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys -q "${tests[@]}" "$@" tests

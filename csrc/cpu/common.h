@@ -11,6 +11,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#if defined(BBQ_STD_THREADS)
+#include <thread>
+#endif
 #include <vector>
 
 #include "common/tensors.h"
@@ -33,13 +36,25 @@ inline Element element_of(const char* name, const Tensor& tensor) {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+// Calls f() on up to `workers` threads at once.
+template <class F>
+void on_threads(int64_t workers, const F& f) {
+#if defined(BBQ_STD_THREADS)  // for ThreadSanitizer, which cannot see the barriers of the OpenMP that torch runs on
+  std::vector<std::thread> threads;
+  for (int64_t w = 0; w < workers; ++w) threads.emplace_back([&] { f(); });
+  for (std::thread& thread : threads) thread.join();
+#else
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { f(); });
+#endif
+}
+
 // Calls f(scratch, 0), ..., f(scratch, count - 1), on all cores, each of which takes the next one when it is done and
 // has a scratch of its own, made by make_scratch().
 template <class Make, class F>
 void for_all(int64_t count, const Make& make_scratch, const F& f) {
   const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+  on_threads(workers, [&] {
     auto scratch = make_scratch();
     for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(scratch, u);
   });

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bbqrec_kernels import prefix, residual_quantize, residual_statistics, similarity_attention
+from bbqrec_kernels import prefix, residual_decode, residual_quantize, residual_statistics, similarity_attention
 from bbqrec_kernels.testing import simd_targets
 
 THREADS, CALLS = 6, 48
@@ -39,3 +39,19 @@ def test_calls_from_several_threads_at_once(operator):
     with ThreadPoolExecutor(THREADS) as threads:
         for seed, together in zip(seeds, threads.map(operator, seeds), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(alone[seed], together, strict=True)), seed
+
+
+def test_bad_rows_and_wrong_codes_that_several_threads_meet():
+    codebooks = torch.randn(2, 256, 64)
+    bad = torch.arange(4000) % 40 == 0
+    x = torch.randn(4000, 64).where(~bad[:, None], torch.nan)
+    result = residual_quantize(x, codebooks, impl=IMPL)
+    assert torch.equal((result.codes == -1).all(1), bad)
+    assert result.commitment_loss.isnan().all()
+    wrong = result.codes.where(~bad[:, None], 256)
+    for call in (
+        lambda: residual_decode(wrong, codebooks, impl=IMPL),
+        lambda: residual_statistics(x, wrong, codebooks, impl=IMPL),
+    ):
+        with pytest.raises(IndexError, match=r"^codes: got 256, expected -1 to 255"):
+            call()

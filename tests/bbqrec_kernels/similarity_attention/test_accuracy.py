@@ -193,6 +193,38 @@ def test_every_tensor_in_strides_of_its_own(packed: bool, dtype: torch.dtype, wi
         assert torch.equal(gradient, expected[name]), name
 
 
+def far_apart(tensors: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
+    """The tensors, more than 2^31 elements between first and third last (of two: last) along a dimension.
+
+    The third last of 67 is the first of a tile. Most of the memory in between is never touched.
+    """
+    (shape,) = {tensor.shape for tensor in tensors}
+    strides, elements = list(tensors[0].contiguous().stride()), tensors[0].numel()
+    strides[dim] = 2**31 // max(1, shape[dim] - 3) + len(tensors) * elements
+    buffer = torch.empty(strides[dim] * (shape[dim] - 1) + len(tensors) * elements, dtype=tensors[0].dtype)
+    views = [buffer.as_strided(shape, strides, i * elements) for i in range(len(tensors))]
+    return [view.copy_(tensor.detach()) for view, tensor in zip(views, tensors, strict=True)]
+
+
+@pytest.mark.parametrize(("packed", "dim"), [(False, 0), (False, 1), (False, 2), (True, 0), (True, 1)])
+def test_offsets_past_32_bits(packed: bool, dim: int, kernel: str) -> None:
+    make = random_packed_inputs if packed else random_inputs
+    rows = 5 if INTERPRETS else 67
+    options = {"lengths": [2, rows]} if packed else {"rows": rows}
+    inputs = make(**options, width=8, channels=1, is_causal=True).to(torch.float16).require_grad()
+    heads = ("query", "key", "value")
+    output = inputs.attend(kernel)
+    grad = torch.randn(output.shape).to(output.dtype)
+    expected = inputs.gradients(output, grad, list(inputs.tensors))
+    *far, far_grad = far_apart([*(inputs.tensors[name] for name in heads), grad], dim)
+    views = {name: view.requires_grad_() for name, view in zip(heads, far, strict=True)}
+    other = replace(inputs, tensors=inputs.tensors | views)
+    actual = other.attend(kernel)
+    assert torch.equal(actual, output)
+    for name, gradient in other.gradients(actual, far_grad, list(inputs.tensors)).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
 def test_heads_inside_are_read_and_written_where_they_are() -> None:
     """What linear layers give, `(B, S, H, D)`, costs no copy: a copy would be contiguous."""
     query, key, value = torch.randn(2, 5, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind()

@@ -8,14 +8,20 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # ends the names of files that are not finished
+LOCK = ".lock"
 
 
 class StorageFault(OSError):
@@ -76,6 +82,43 @@ def require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with _closed_folder_named(folder, "a file"), tempfile.TemporaryFile(dir=folder):
         pass
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder, which can be written: raises `ValueError` where another call does, in this process or another.
+
+    It ends with the process, whatever ends that. On systems and disks without locks nothing is held.
+    """
+    path = folder / LOCK
+    with _closed_folder_named(folder, LOCK):
+        file = _locked(path)
+    if file is None:
+        raise ValueError(f"out: another process is working on {folder}; wait until it ends, or choose another folder")
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """A file, made where it is not there, that nobody else has locked; None where somebody has."""
+    while True:
+        file = path.open("a")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:  # no locks on this disk
+            return file
+        # Whoever held it may have removed it in between: a third one would make it anew, and lock that.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
 
 
 @contextmanager

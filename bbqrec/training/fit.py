@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from bbqrec import report
 from bbqrec.config import Config, flat_options
 from bbqrec.data.batches import PrefixBatches, TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
-from bbqrec.data.files import remove_temporaries, require_writable
+from bbqrec.data.files import LOCK, held, remove_temporaries, require_writable
 from bbqrec.data.splits import Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
@@ -72,14 +72,14 @@ def fit(
         The finished `Run`.
 
     Raises:
-        ValueError: the data cannot be used, `out` holds another run or a damaged one, the options do not fit the data,
-            or training diverges.
+        ValueError: the data cannot be used, `out` holds another run, a damaged one, or one that another call works on,
+            the options do not fit the data, or training diverges.
         OSError: `out` cannot be written, or its disk is full; what was finished before is kept.
         ConnectionError: another of the processes ended.
         KeyboardInterrupt: interrupted; call again to resume.
     """
-    with together():
-        job = _start(data, out, model, config, progress)
+    with together(), ExitStack() as holding:
+        job = _start(data, out, model, config, progress, holding)
         if job.run.finished:
             return job.run
         with _costs_recorded(job.run):
@@ -110,8 +110,8 @@ def tokenize(
     name = model or (config or Config()).model_name
     if name == "sasrec":
         raise ValueError(f"model: got {name!r}, which has no semantic IDs; expected another")
-    with together():
-        job = _start(data, out, model, config, progress)
+    with together(), ExitStack() as holding:
+        job = _start(data, out, model, config, progress, holding)
         if not job.run.finished:
             with _costs_recorded(job.run):
                 _make_semantic_ids(job)
@@ -142,9 +142,14 @@ class _Job:
 
 
 def _start(
-    data: Dataset | str | Path, out: str | Path, model: str | None, config: Config | None, progress: bool | None
+    data: Dataset | str | Path,
+    out: str | Path,
+    model: str | None,
+    config: Config | None,
+    progress: bool | None,
+    holding: ExitStack,
 ) -> _Job:
-    """Checks everything that can be checked before training, and claims the run folder."""
+    """Checks everything that can be checked before training, and claims the run folder as long as `holding` lasts."""
     if not isinstance(data, Dataset):
         data = Dataset.load(data)
     config = config or Config()
@@ -153,7 +158,7 @@ def _start(
     features = _chosen_features(data, config)
     split = leave_one_out(data)
     _check_options(data, features, split, config)
-    first_does(lambda: _claim(Path(out), data, config))
+    first_does(lambda: _claim(Path(out), data, config, holding))
     run = Run(Path(out), data)
     say = _quiet if progress is False or not is_first() else _say
     bars = is_first() and (sys.stderr.isatty() if progress is None else progress)
@@ -243,16 +248,22 @@ def _check_heads(option: str, dim: int, heads: int, what: str) -> None:
         raise ValueError(f"{option}: got {dim}, expected at most {MAX_HEAD_SIZE * heads} ({MAX_HEAD_SIZE} a head)")
 
 
-def _claim(folder: Path, data: Dataset, config: Config) -> None:
-    """Makes the folder a run folder of this data and these options, or finds that it is one already."""
+def _claim(folder: Path, data: Dataset, config: Config, holding: ExitStack) -> None:
+    """Makes the folder a run folder of this data and these options, or finds that it is one already.
+
+    Until `holding` ends no other call works on it, unless the run is finished.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder; choose another name")
     if not (folder / "run.json").is_file():  # the last of the two that are written here
-        ours = ("config.yaml", ".config.yaml.", ".run.json.")  # a call that was killed right here leaves these
+        ours = ("config.yaml", ".config.yaml.", ".run.json.", LOCK)  # a call that was killed right here leaves these
         if folder.is_dir() and not all(path.name.startswith(ours) for path in folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty and no run folder; choose a new or empty folder")
+    if not (folder / "metrics.json").is_file():  # otherwise it is finished, and nothing is written
         require_writable(folder)
+        holding.enter_context(held(folder))
         remove_temporaries(folder)
+    if not (folder / "run.json").is_file():
         config.save(folder / "config.yaml")
         path = None if data.path is None else str(Path(data.path).resolve())
         source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
@@ -271,9 +282,6 @@ def _claim(folder: Path, data: Dataset, config: Config) -> None:
     changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
-    if not run.finished:
-        require_writable(folder)
-        remove_temporaries(folder)
 
 
 def _make_semantic_ids(job: _Job) -> SemanticIDs:

@@ -1,8 +1,11 @@
 """Writing files: whole or not at all, also where the disk is full or the folder is closed."""
 
 import errno
+import fcntl
 import os
 import resource
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bbqrec.data.demo import make_demo_dataset
 from bbqrec.data.embedding import _save_array, _save_part
-from bbqrec.data.files import StorageFault, atomically, remove_temporaries, require_writable, write_text
+from bbqrec.data.files import LOCK, StorageFault, atomically, held, remove_temporaries, require_writable, write_text
 from bbqrec.serving import export
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec.training import plots, trainer
@@ -139,3 +142,45 @@ def test_what_is_wrong_for_other_reasons_stays_as_it_is(tmp_path):
 
     with pytest.raises(ValueError, match=r"^wrong$"):
         atomically(tmp_path / "file", fail)
+
+
+def test_a_folder_is_held_until_its_process_dies(tmp_path):
+    code = "import fcntl, sys; fcntl.flock(file := open(sys.argv[1], 'a'), fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"out: another process is working on {tmp_path}; wait"), held(tmp_path):
+            pass
+        other.kill()
+    assert (tmp_path / LOCK).is_file()
+    with held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_holds_nothing(tmp_path, monkeypatch):
+    """Whoever held it ends between the moments when the file is opened and when it is locked."""
+    lock, asked = fcntl.flock, []
+
+    def ends_first(file, how):
+        asked.append(how)
+        if len(asked) == 1:
+            (tmp_path / LOCK).unlink()
+        return lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", ends_first)
+    with held(tmp_path), pytest.raises(ValueError, match="out: another process"), held(tmp_path):
+        pass
+    assert len(asked) == 3
+
+
+def test_a_disk_without_locks_holds_nothing(tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with held(tmp_path), held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

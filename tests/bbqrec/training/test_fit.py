@@ -457,6 +457,25 @@ def test_what_a_call_killed_at_its_start_leaves_is_no_obstacle(tiny_data, tiny_c
     assert not list(folder.glob(".*"))
 
 
+def test_a_folder_that_another_call_works_on_is_refused(tiny_data, tiny_config, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def call_again(job):
+        for again in (fit, tokenize):
+            with pytest.raises(
+                ValueError, match=f"^out: another process is working on {folder}; wait until it ends, or"
+            ):
+                again(tiny_data, folder, config=tiny_config, progress=False)
+        assert Run(folder).config == tiny_config  # reading is free
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "_make_semantic_ids", call_again)
+    for call in (fit, tokenize):
+        with pytest.raises(KeyboardInterrupt):
+            call(tiny_data, folder, config=tiny_config, progress=False)
+        assert not list(folder.glob(".*"))
+
+
 def test_seconds_are_of_all_calls(tiny_data, tiny_config, tmp_path):
     config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
     first = tokenize(tiny_data, tmp_path / "run", config=config, progress=False).facts["seconds"]

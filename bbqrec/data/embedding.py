@@ -26,13 +26,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 
 from bbqrec.data.dataset import check_finite, joined
-from bbqrec.data.files import Sink, atomically, write_text
+from bbqrec.data.files import BROKEN_NPZ, Sink, atomically, one_line, read_npz_array, write_text
 from bbqrec.data.formats import native
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -283,10 +283,10 @@ def _encode(
 
 def _read_part(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as part:
-            return {name: part[name] for name in ("values", "failed", "reasons")}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path}: is damaged ({error}); delete it, and it is made again") from None
+        with ZipFile(path) as part:
+            return {name: read_npz_array(part, part.getinfo(f"{name}.npy")) for name in ("values", "failed", "reasons")}
+    except (*BROKEN_NPZ, KeyError) as error:
+        raise ValueError(f"{path}: is damaged ({one_line(error)}); delete it, and it is made again") from None
 
 
 def _read_record(path: Path) -> dict[str, Any]:

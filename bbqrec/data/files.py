@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import re
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import polars as pl
 
 try:
@@ -22,6 +27,16 @@ except ImportError:  # Windows
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # ends the names of files that are not finished
 LOCK = ".lock"
+DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
+BROKEN_NPZ = (  # what reading a broken or hostile one raises; NumPy parses headers as Python
+    ValueError,
+    EOFError,
+    RuntimeError,  # of zipfile: encrypted, or packed in a way that it does not know
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,  # places before the file's start
+)
 
 
 class StorageFault(OSError):
@@ -209,6 +224,22 @@ def _sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_npz_array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an `.npz`. A header that claims more than the file can hold is refused before it is allocated.
+
+    Raises one of `BROKEN_NPZ`.
+    """
+    with file.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(stream)
+    claimed, most = math.prod(shape) * dtype.itemsize, member.compress_size * DEFLATE_AT_MOST
+    if not 0 <= claimed <= min(member.file_size, most):
+        raise ValueError(f"{member.filename} of shape {shape} would be {claimed:,} bytes, which it does not hold")
+    with file.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

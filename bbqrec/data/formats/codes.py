@@ -10,27 +10,15 @@ before differs, because all items share a level's codebook.
 
 from __future__ import annotations
 
-import math
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from bbqrec.data.dataset import Features
-from bbqrec.data.files import one_line
+from bbqrec.data.files import BROKEN_NPZ, one_line, read_npz_array
 
-_DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
-_UNREADABLE = (  # what a broken or hostile file raises; NumPy parses headers as Python
-    ValueError,
-    EOFError,
-    RuntimeError,  # of zipfile: encrypted, or packed in a way that it does not know
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,  # places before the file's start
-)
+LARGEST = 2**32  # bytes of the features that codes become
 
 
 def read_codes(path: Path, n_items: int) -> dict[str, Features]:
@@ -51,8 +39,8 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
             for member in file.infolist():
                 name = member.filename.removesuffix(".npy")
                 first.setdefault(name.partition("_")[0], (name, member))
-            codes = {modality: (name, _read_array(file, member)) for modality, (name, member) in first.items()}
-    except _UNREADABLE as error:
+            codes = {modality: (name, read_npz_array(file, member)) for modality, (name, member) in first.items()}
+    except BROKEN_NPZ as error:
         reason = one_line(error)
         raise ValueError(f"{path}: holds an array that cannot be read ({reason}); write it with numpy.savez") from None
     if not codes:
@@ -67,19 +55,6 @@ def read_codes(path: Path, n_items: int) -> dict[str, Features]:
     return features
 
 
-def _read_array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """An array of an `.npz`. A header that claims more than the file can hold is refused before it is allocated."""
-    with file.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = reader(stream)
-    claimed, most = math.prod(shape) * dtype.itemsize, member.compress_size * _DEFLATE_AT_MOST
-    if not 0 <= claimed <= min(member.file_size, most):
-        raise ValueError(f"{member.filename} of shape {shape} would be {claimed:,} bytes, which it does not hold")
-    with file.open(member) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
-
-
 def one_hot_codes(codes: np.ndarray) -> Features:
     """Codes as vectors: one-hot for each level, the squared length of level l (from 0) being 2^-l; see this module.
 
@@ -88,7 +63,8 @@ def one_hot_codes(codes: np.ndarray) -> Features:
 
     Returns features as wide as there are different codes in use, summed over the levels.
 
-    Raises `TypeError` (no integers) and `ValueError` (shape, other negative codes, no item with codes).
+    Raises `TypeError` (no integers) and `ValueError` (shape, other negative codes, no item with codes, or so many
+    different ones that the features would take more than 4 GiB).
     """
     if codes.dtype.kind not in "iu":
         raise TypeError(f"codes: got {codes.dtype}, expected integers")
@@ -104,8 +80,15 @@ def one_hot_codes(codes: np.ndarray) -> Features:
     rows = np.flatnonzero(~absent)
     if not len(rows):
         raise ValueError("codes: no item has any; leave this modality out")
-    levels = []
-    for level, column in enumerate(codes[rows].T):
-        used, index = np.unique(column, return_inverse=True)
-        levels.append(np.eye(len(used), dtype=np.float32)[index] * 2 ** (-level / 2))
-    return Features.of_items(np.concatenate(levels, 1), rows, len(codes))
+    levels = [np.unique(column, return_inverse=True) for column in codes[rows].T]
+    width = sum(len(used) for used, _ in levels)
+    if len(codes) * width * 4 > LARGEST:
+        raise ValueError(
+            f"codes: got {width:,} different ones for {len(codes):,} items, whose features would be "
+            f"{len(codes) * width * 4 / 2**30:,.1f} GiB, expected at most {LARGEST / 2**30:g}; leave out levels"
+        )
+    values, start = np.zeros((len(codes), width), np.float32), 0
+    for level, (used, index) in enumerate(levels):
+        values[rows, start + index] = 2 ** (-level / 2)
+        start += len(used)
+    return Features(values, ~absent)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -25,6 +26,25 @@ def test_similarity_is_that_of_the_levels_in_which_codes_agree():
 def test_any_kind_of_integer_and_size_of_code(dtype):
     codes = np.array([[100, 0], [0, 100], [100, 100]], dtype)
     np.testing.assert_allclose(np.square(one_hot_codes(codes).values).sum(1), 1.5, rtol=1e-6)
+
+
+def test_so_many_codes_that_features_would_fill_the_memory_are_refused(tmp_path):
+    codes = np.stack([np.arange(40_000)] * 2, 1)
+    message = r"codes: got 80,000 different ones for 40,000 items, whose features would be 11\.9 GiB, expected at"
+    with pytest.raises(ValueError, match="^" + message):
+        one_hot_codes(codes)
+    np.savez(tmp_path / "c.npz", text_v1=codes)
+    with pytest.raises(ValueError, match=r"c\.npz: text_v1: " + message):
+        read_codes(tmp_path / "c.npz", 40_000)
+
+
+def test_codes_take_the_memory_of_their_features():
+    codes = np.arange(2000)[:, None]
+    tracemalloc.start()
+    features = one_hot_codes(codes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * features.values.nbytes  # and a quarter, where they are looked through for NaN
 
 
 def test_the_first_array_of_each_modality_counts(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -342,8 +343,17 @@ def test_a_damaged_part_is_named(shop, use):
     use(Fake(fail_on="a lamp of clay. blue"))
     with pytest.raises(KeyboardInterrupt):
         embed(shop, text=TEXT + "fake")
-    (shop / "features" / ".text.parts" / "000000.npz").write_bytes(b"half")
     use(Fake())
+    part = shop / "features" / ".text.parts" / "000000.npz"
+    np.savez(part, failed=np.arange(3))
+    with zipfile.ZipFile(part, "a") as file, file.open("values.npy", "w") as stream:
+        claimed = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 2)}
+        np.lib.format.write_array_header_1_0(stream, claimed)  # of 8 TiB, and no values
+    with pytest.raises(
+        ValueError, match=r"000000\.npz: is damaged \(values\.npy of shape .* would be 8,796,093,022,208"
+    ):
+        embed(shop, text=TEXT + "fake")
+    part.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"000000\.npz: is damaged .* delete it, and it is made again"):
         embed(shop, text=TEXT + "fake")
 

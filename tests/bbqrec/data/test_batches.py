@@ -45,6 +45,20 @@ def test_pack_refuses_empty_histories_and_lengths():
         pack_histories([[1]], max_length=0)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=9), max_size=8), st.integers(1, 10))
+def test_a_pack_is_the_end_of_every_history(histories, max_length):
+    times = [[7 * item for item in history] for history in histories]
+    for given_ in (histories, Histories.from_lists(histories, times)):
+        batch = pack_histories(given_, max_length)
+        ends = [history[-max_length:] for history in histories]
+        assert sequences(batch, batch.items) == ends
+        assert sequences(batch, batch.positions) == [list(range(len(end))) for end in ends]
+        assert batch.max_seqlen == max(map(len, ends), default=0)
+        assert batch.items[batch.last].tolist() == [history[-1] for history in histories]
+        assert batch.timestamps is None if given_ is histories else torch.equal(batch.timestamps, 7 * batch.items)
+
+
 lengths_of_histories = st.lists(st.integers(0, 23), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
 
 

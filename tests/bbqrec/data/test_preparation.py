@@ -1,9 +1,12 @@
 """What `bbqrec import` leaves out, and what it says about it."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bbqrec import Dataset
@@ -43,6 +46,32 @@ def test_a_core_is_found_again_and_again():
         "below 2 interactions": {"users": 2, "items": 3, "interactions": 3},
         "written": {"users": 2, "items": 2, "interactions": 6},
     }
+
+
+def core_of(lists, k):
+    """By the definition, round by round."""
+    while True:
+        counts = Counter(item for items in lists.values() for item in items)
+        left = {user: [item for item in items if counts[item] >= k] for user, items in lists.items() if len(items) >= k}
+        if left == lists:
+            return left
+        lists = left
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 6), max_size=9), min_size=1, max_size=9).filter(any), st.integers(1, 3))
+def test_any_core_has_itself_as_core(lists, k):
+    data = data_set(lists, [list(range(len(items))) for items in lists], n_items=7)
+    expected = core_of(named(data), k)
+    if not expected:
+        with pytest.raises(ValueError, match=f"k_core: got {k}, but no user and item"):
+            prepare(data, k_core=k)
+        return
+    core = prepare(data, k_core=k).data
+    assert named(core) == expected
+    assert core.histories.lengths.min() >= k
+    assert np.bincount(core.histories.items, minlength=core.n_items).min() >= k
+    assert prepare(core, k_core=k).data.fingerprint() == core.fingerprint()
 
 
 def test_every_core_has_enough_and_is_the_largest():

@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from bbqrec.data import Histories, leave_one_out
 
 
@@ -30,3 +34,27 @@ def test_only_short_histories(tiny):
     split = leave_one_out(replace(tiny, histories=Histories.from_lists([[0, 1], [1], [2]])))
     assert len(split.validation) == len(split.test) == 0
     assert len(split.train.items) == 4
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12).filter(any))
+def test_every_interaction_is_trained_or_held_out(tiny, lengths):
+    offsets = np.cumsum([0, *lengths])
+    histories = Histories(np.arange(offsets[-1]), offsets, timestamps=np.arange(offsets[-1]) * 10)
+    names = [str(i) for i in range(offsets[-1])]  # every interaction is an item of its own
+    users = names[: len(lengths)] + [f"u{i}" for i in range(len(lengths) - len(names))]
+    split = leave_one_out(replace(tiny, item_ids=names, user_ids=users, histories=histories, features={}, texts={}))
+    assert len(split.train) == len(lengths)
+    kept = iter(zip(split.validation.histories, split.test.histories, strict=True))
+    targets = iter(zip(split.validation.users, split.validation.targets, split.test.targets, strict=True))
+    for user, (history, train) in enumerate(zip(histories, split.train, strict=True)):
+        if len(history) < 3:
+            assert train.tolist() == history.tolist()
+            continue
+        *first, second_last, last = history.tolist()
+        assert next(targets) == (user, second_last, last)
+        assert train.tolist() == first
+        assert [each.tolist() for each in next(kept)] == [first, [*first, second_last]]
+    assert not [*kept, *targets]
+    for part in (split.train, split.validation.histories, split.test.histories):
+        assert (part.timestamps == part.items * 10).all()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bbqrec.models.id_tree import IDTree
 
@@ -61,6 +63,36 @@ def test_expand_takes_the_best_children_of_all_beams(tree):
     assert best.scores[0].tolist() == pytest.approx(expected)
     assert (best.nodes[1, 0], best.parents[1, 0]) == (1, 0)
     assert best.scores[1].tolist() == pytest.approx([-0.5 + log_probs[1, 0, 0].item(), -torch.inf])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 99))
+def test_a_search_is_that_of_a_list_of_prefixes(n_items, width, seed):
+    """Beams of several searches, depth by depth, against all prefixes of IDs that begin with a beam."""
+    tree, generator = IDTree(random_codes(n_items, seed), K), torch.Generator().manual_seed(seed)
+    nodes, scores = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+    ids = [tuple(row) for row in tree.tokens.tolist()]
+    beams = [[((), 0.0)]] * 2
+    for depth in range(tree.depth):
+        log_probs = torch.randn(2, nodes.shape[1], tree.sizes[depth], generator=generator)
+        best = tree.expand(depth, nodes, scores, log_probs, width)
+        paths = sorted({row[: depth + 1] for row in ids})
+        following = []
+        for search, beam in enumerate(beams):
+            found = [
+                (path, score + log_probs[search, place, path[-1]].item())
+                for place, (prefix, score) in enumerate(beam)
+                for path in paths
+                if path[:-1] == prefix
+            ]
+            found = sorted(found, key=lambda each: -each[1])[:width]
+            is_one = best.scores[search] > -torch.inf
+            assert [paths[node] for node in best.nodes[search][is_one].tolist()] == [path for path, _ in found]
+            assert best.scores[search][is_one].tolist() == pytest.approx([score for _, score in found], abs=1e-5)
+            parents = [beam[place][0] for place in best.parents[search][is_one].tolist()]
+            assert parents == [path[:-1] for path, _ in found]
+            following.append(found)
+        nodes, scores, beams = best.nodes, best.scores, following
 
 
 def test_expand_keeps_no_more_than_asked(tree):

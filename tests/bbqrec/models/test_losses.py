@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bbqrec.models import losses
@@ -30,6 +32,42 @@ def test_equals_the_cross_entropy_of_all_logits(tokens, items, chunk, scale, mon
     for our, true, usual in zip(ours, exact, plain, strict=True):
         error, allowed = (our.grad - true.grad).abs().max(), (usual.grad - true.grad).abs().max()
         assert error <= 3 * allowed + 1e-6 * true.grad.abs().max()
+
+
+numbers = st.integers(1, 12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(numbers, numbers, numbers, st.integers(1, 40), st.integers(0, 99))
+def test_any_shape_and_chunk(tokens, items, dim, chunk, seed):
+    torch.manual_seed(seed)
+    hidden, vectors, targets = tensors(tokens, items, dim)
+    ours = [t.clone().requires_grad_() for t in (hidden, vectors)]
+    exact = [t.double().requires_grad_() for t in (hidden, vectors)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "CHUNK_SCORES", {"cpu": chunk})
+        patch.setattr(losses, "MIN_ROWS", 1)
+        loss = catalogue_cross_entropy(*ours, targets)
+    truth = F.cross_entropy(exact[0] @ exact[1].T, targets)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    for our, true in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(truth, exact), strict=True):
+        torch.testing.assert_close(our.double(), true, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(numbers, numbers, st.integers(1, 20), st.integers(0, 99))
+def test_any_sample_token_by_token(tokens, items, n, seed):
+    torch.manual_seed(seed)
+    hidden, vectors, targets = (t.double() if t.is_floating_point() else t for t in tensors(tokens, items))
+    sampled, n_items = torch.randint(0, items, (n,)), items + 5
+    expected = []
+    for row, target in zip(hidden, targets.tolist(), strict=True):
+        others = [item for item in sampled.tolist() if item != target]
+        each = (n_items - 1) / max(len(others), 1)  # items that one of them stands for
+        total = torch.exp(row @ vectors[target]) + sum(each * torch.exp(row @ vectors[item]) for item in others)
+        expected.append(total.log() - row @ vectors[target])
+    loss = sampled_cross_entropy(hidden, vectors, targets, sampled, n_items)
+    torch.testing.assert_close(loss.double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_one_side_alone():

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bbqrec import BBQRec, fit
 from bbqrec.data.batches import pack_histories
@@ -34,6 +36,31 @@ def test_best_scores_of_the_model_without_the_history(bbqrec_run, tiny_data, his
     [recommended, *_] = model.recommend(histories)
     assert [item for item, _ in recommended] == [tiny_data.item_ids[i] for i in best]
     assert [score for _, score in recommended] == pytest.approx(scores[best].tolist(), rel=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_recommended_is_what_sorting_all_scores_gives(data, bbqrec_run, model):
+    item = st.integers(0, len(model.item_ids) - 1)
+    histories = data.draw(st.lists(st.lists(item, min_size=1, max_size=15), min_size=1, max_size=4))
+    candidates = data.draw(st.none() | st.sets(item, min_size=20))
+    keep_history, k = data.draw(st.booleans()), data.draw(st.integers(1, 5))
+    found = model.recommend(
+        [[model.item_ids[i] for i in history] for history in histories],
+        k,
+        keep_history=keep_history,
+        candidates=None if candidates is None else [model.item_ids[i] for i in candidates],
+    )
+    scores = bbqrec_run.model.score(pack_histories(histories, model.max_length))
+    for history, own, recommended in zip(histories, scores.tolist(), found, strict=True):
+        allowed = set(range(len(own)) if candidates is None else candidates)
+        if not keep_history:
+            allowed -= set(history)
+        best = sorted((own[i] for i in allowed), reverse=True)[:k]
+        items = [model.item_index(name) for name, _ in recommended]
+        assert len(set(items) & allowed) == k
+        assert [own[i] for i in items] == pytest.approx(best, rel=1e-4, abs=1e-5)
+        assert [score for _, score in recommended] == pytest.approx(best, rel=1e-4, abs=1e-5)
 
 
 def test_history_items_are_left_out_unless_kept(histories, model, tiny_data):

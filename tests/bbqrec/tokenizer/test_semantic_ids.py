@@ -1,11 +1,14 @@
 """Semantic IDs: figures by hand, text, table, decoding."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import polars as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 
@@ -77,3 +80,30 @@ def test_codebooks_of_their_own_are_counted_apart():
     same = torch.zeros(4, 2, 1, dtype=torch.int64)
     assert SemanticIDs(("text", "image"), same, torch.zeros(2, 1, 2, 5)).agreement() is None
     assert SemanticIDs(("text", "image"), same, torch.zeros(1, 1, 2, 5)).agreement() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_figures_are_those_of_counting(n_items, modalities, levels, size, shared, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, size, (n_items, modalities, levels), generator=generator)
+    codes[torch.rand(n_items, modalities, generator=generator) < 0.3] = -1
+    codes[0] = 0  # every modality has an item
+    names = tuple("abc"[:modalities])
+    figures = SemanticIDs(names, codes, torch.zeros(1 if shared else modalities, levels, size, 2)).figures()
+    items = codes.tolist()
+    groups = [range(modalities)] if shared else [[m] for m in range(modalities)]
+    for level in range(levels):
+        usage, perplexity = [], []
+        for group in groups:
+            counts = Counter(item[m][level] for item in items for m in group if item[m][level] >= 0)
+            total = sum(counts.values())
+            usage.append(len(counts) / size)
+            perplexity.append(math.exp(-sum(n / total * math.log(n / total) for n in counts.values())))
+        assert figures["usage"][level] == pytest.approx(sum(usage) / len(groups))
+        assert figures["perplexity"][level] == pytest.approx(sum(perplexity) / len(groups))
+    same = Counter(map(str, items))
+    assert figures["collision_rate"] == pytest.approx(sum(same[str(item)] > 1 for item in items) / n_items)
+    complete = [[row[0] for row in item] for item in items if all(row[0] >= 0 for row in item)]
+    agreeing = sum(len(set(first)) == 1 for first in complete) / len(complete)
+    assert figures["agreement"] == (pytest.approx(agreeing) if shared and modalities > 1 else None)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from bbqrec.training.optimizer import RowwiseAdamW
@@ -66,3 +68,34 @@ def test_a_restored_state_goes_on_alike(trained):
         one.step()
     assert torch.equal(table, copies[0])
     assert torch.equal(matrix, copies[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_rows_in_any_order(data):
+    n_rows = data.draw(st.integers(1, 5))
+    steps = data.draw(st.lists(st.lists(st.integers(0, n_rows - 1), max_size=4), max_size=5))
+    rate, beta = (st.floats(1e-3, 1), st.floats(0, 0.99))
+    options = {
+        "lr": data.draw(rate),
+        "weight_decay": data.draw(rate),
+        "betas": (data.draw(beta), data.draw(beta)),
+    }
+    sparse = data.draw(st.booleans())
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(n_rows, 3))
+    optimizer = RowwiseAdamW([], [table], **options)
+    rows = [nn.Parameter(row.clone()) for row in table.detach()]
+    alone = [torch.optim.AdamW([row], **options) for row in rows]
+    for step in steps:
+        optimizer.zero_grad()
+        for each in alone:
+            each.zero_grad()
+        weights = torch.randn(len(step), 3)  # a row that is there twice has the sum of both gradients
+        if step:
+            (nn.functional.embedding(torch.tensor(step), table, sparse=sparse) * weights).sum().backward()
+            sum((rows[row] * weight).sum() for row, weight in zip(step, weights, strict=True)).backward()
+        optimizer.step()
+        for row in set(step):
+            alone[row].step()
+    torch.testing.assert_close(table.detach(), torch.stack([row.detach() for row in rows]), rtol=1e-4, atol=1e-5)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bbqrec_kernels import residual_decode, residual_quantize, residual_statistics
@@ -74,6 +76,34 @@ def test_statistics(impl: str, rows: int, width: int, levels: int, size: int, la
     assert torch.equal(counts, torch.from_numpy(expected_counts))
     low = reference.residual_statistics(x, codes, codebooks)[1]
     assert_within_budget("sums", sums, low, torch.from_numpy(expected_sums))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_layout_and_code_of_small_integers(impl: str, data: st.DataObject) -> None:
+    """Sums of small integers are exact; a code past either end is refused."""
+    rows, width, levels, size = (data.draw(st.integers(1, n)) for n in (70, 20, 4, 9))
+    layout, dtype = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randint(-3, 4, (rows, width), generator=generator).to(dtype)
+    codebooks = torch.randint(-2, 3, (levels, size, width), generator=generator).float()
+    codes = torch.randint(-1, size, (rows, levels), generator=generator)
+    residual, counts, sums = x.double(), torch.zeros(levels, size), torch.zeros(levels, size, width).double()
+    for level in range(levels):
+        chosen = torch.zeros(rows, size + 1).double()
+        chosen[torch.arange(rows), codes[:, level]] = 1  # -1 is the last column
+        counts[level], sums[level] = chosen[:, :size].sum(0), chosen[:, :size].T @ residual
+        residual = residual - chosen[:, :size] @ codebooks[level].double()
+    strided = [with_layout(each, layout) for each in (x, codes, codebooks)]
+    with poisoned_outputs():
+        assert torch.equal(residual_decode(*strided[1:], impl=impl), (x.double() - residual).float())
+        for found, expected in zip(residual_statistics(*strided, impl=impl), (counts, sums), strict=True):
+            assert torch.equal(found, expected.float())
+    wrong = data.draw(st.sampled_from([-2, size]))
+    codes[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, levels - 1))] = wrong
+    for call in (residual_decode, lambda *a, **b: residual_statistics(x, *a, **b)):
+        with pytest.raises(IndexError, match=f"codes: got {wrong}, expected -1 to {size - 1}"):
+            call(with_layout(codes, layout), codebooks, impl=impl)
 
 
 def test_decode_of_the_codes_is_the_quantized_row(impl: str) -> None:

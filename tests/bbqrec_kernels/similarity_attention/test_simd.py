@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bbqrec_kernels import gap, prefix, similarity_attention
@@ -45,6 +47,33 @@ def test_every_number_of_rows_and_keys(is_causal: bool) -> None:
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 80, 129, 256])
 def test_every_width(width: int) -> None:
     assert_like_float64(random_inputs(batch=1, rows=21, columns=30, width=width, is_causal=True))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_term_and_length(data: st.DataObject) -> None:
+    options = {
+        "heads": data.draw(st.integers(1, 3)),
+        "width": data.draw(st.integers(1, 40)),
+        "kinds": data.draw(st.lists(st.sampled_from(["prefix", "matches", "cosine", "gap"]), max_size=3)),
+        "channels": data.draw(st.integers(1, 2)),
+        "levels": data.draw(st.integers(1, 5)),
+        "codebook_size": data.draw(st.sampled_from([None, 4])),
+        "is_causal": data.draw(st.booleans()),
+        "seed": data.draw(st.integers(0, 99)),
+    }
+    tokens = st.integers(1, 90)
+    if data.draw(st.booleans()):
+        assert_like_float64(random_packed_inputs(data.draw(st.lists(tokens, min_size=1, max_size=4)), **options))
+        return
+    batch, rows, columns = data.draw(st.integers(1, 3)), data.draw(tokens), data.draw(tokens)
+    lengths = {
+        name: data.draw(
+            st.none() | st.lists(st.integers(0, most + 1), min_size=batch, max_size=batch).map(torch.tensor)
+        )
+        for name, most in (("query_lengths", rows), ("key_lengths", columns))
+    }
+    assert_like_float64(replace(random_inputs(batch=batch, rows=rows, columns=columns, **options), **lengths))
 
 
 @pytest.mark.parametrize("batch", [1, 16])

@@ -377,15 +377,12 @@ def cuda_library() -> Path:
     """
     import torch
 
-    torch_folder = Path(torch.__file__).parent
-    defines = {"BBQ_CUDA": "ON", "BBQ_TORCH_DIR": torch_folder, "BBQ_WERROR": "ON", "CMAKE_CUDA_FLAGS": "--threads=0"}
+    options = [f"-DBBQ_TORCH_DIR={Path(torch.__file__).parent}", f"-DCMAKE_CUDA_COMPILER={_which('nvcc')}"]
+    options += ["-DBBQ_CUDA=ON", "-DBBQ_WERROR=ON", "-DCMAKE_CUDA_FLAGS=--threads=0"]
     CUDA_BUILD.mkdir(parents=True, exist_ok=True)
     with (CUDA_BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several processes ask for it
-        options = [f"-D{name}={value}" for name, value in defines.items()]
-        _run(
-            ["cmake", "-S", ROOT, "-B", CUDA_BUILD, "-G", "Ninja", f"-DCMAKE_CUDA_COMPILER={_which('nvcc')}", *options]
-        )
+        _run(["cmake", "-S", ROOT, "-B", CUDA_BUILD, "-G", "Ninja", *options])
         _run(["cmake", "--build", CUDA_BUILD, "--target", "_C_cuda"])
     return CUDA_BUILD / "_C_cuda.so"
 

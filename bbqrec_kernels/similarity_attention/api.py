@@ -27,6 +27,7 @@ from bbqrec_kernels.similarity_attention import ops, reference
 from bbqrec_kernels.similarity_attention.terms import KINDS, MAX_CHANNELS, Term
 
 MAX_HEAD_SIZE = 256
+NO_AUTOCAST = "meta"  # the device without; torch 2.10 cannot compile a call of `torch.amp.is_autocast_available`
 
 
 def similarity_attention(
@@ -167,14 +168,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         check_tensor(name, tensor)
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == NO_AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in FLOATS else t for t in tensors)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if device == NO_AUTOCAST else torch.autocast(device, enabled=False)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, layout: str, batch_dim: int | None) -> None:

@@ -27,6 +27,8 @@ except ImportError:  # Windows
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # ends the names of files that are not finished
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk
+TRIES = 100
 DEFLATE_AT_MOST = 1032  # bytes that one packed byte can stand for
 BROKEN_NPZ = (  # what reading a broken or hostile one raises; NumPy parses headers as Python
     ValueError,
@@ -103,7 +105,8 @@ def require_writable(folder: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """Holds a folder, which can be written: raises `ValueError` where another call does, in this process or another.
 
-    It ends with the process, whatever ends that. On systems and disks without locks nothing is held.
+    It ends with the process, and those that it forked, whatever ends them. On systems and disks without locks nothing
+    is held.
     """
     path = folder / LOCK
     with _closed_folder_named(folder, LOCK):
@@ -114,12 +117,13 @@ def held(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # what happened is more important, and a file that nobody holds does no harm
+                path.unlink()
 
 
 def _locked(path: Path) -> IO[str] | None:
     """A file, made where it is not there, that nobody else has locked; None where somebody has."""
-    while True:
+    for _ in range(TRIES):
         file = path.open("a")
         try:
             if fcntl is not None:
@@ -127,13 +131,17 @@ def _locked(path: Path) -> IO[str] | None:
         except BlockingIOError:
             file.close()
             return None
-        except OSError:  # no locks on this disk
-            return file
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return file
+            file.close()
+            raise
         # Whoever held it may have removed it in between: a third one would make it anew, and lock that.
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
         file.close()
+    return path.open("a")  # a disk that gives a file another number each time
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from bbqrec.data.batches import PackedBatch, pack_histories
 from bbqrec.data.splits import Heldout
-from bbqrec.processes import gathered, rank_and_world
+from bbqrec.processes import gathered, rank_and_world, summed
+
+if TYPE_CHECKING:
+    from bbqrec.models.shards import ItemShards
 
 RECALL_AT = (1, 5, 10, 20)
 NDCG_AT = (5, 10, 20)
@@ -26,7 +29,8 @@ class Ranker(Protocol):
     def score(self, batch: PackedBatch) -> Tensor:
         """Scores `(B, n_items)`, higher is better, on the device of the batch.
 
-        A ranker may have `item_vectors()`: what that returns is then given to every call as `vectors`.
+        A ranker may have `item_vectors()`: what that returns is then given to every call as `vectors`. One that has
+        `shards`, if they are not None, scores the items of this process alone; all are asked about the same users.
         """
 
 
@@ -73,7 +77,7 @@ def target_ranks(
     """Rank of the held-out item of every user among all items, from 1: `(users,)` int64.
 
     Where several processes train together (see `bbqrec.processes`), all have to call it: each ranks for some users, and
-    all get the ranks of all. A ranker with `shards`, whose items they have shared out, scores for all users in each.
+    all get the ranks of all. Where they have shared out the ranker's items, each scores its own for all users.
 
     Items of the user's whole history are no candidates, except for the target itself; with `keep_history` they are.
     A tie counts against the target.
@@ -93,10 +97,13 @@ def target_ranks(
         raise ValueError("heldout: has no user; leave-one-out needs users with three interactions or more")
     if heldout.targets.min() < 0 or heldout.targets.max() >= n_items:
         raise ValueError(f"heldout: got targets up to {heldout.targets.max()}, expected 0 to {n_items - 1}")
-    batch_users = batch_users or max(1, min(512, 2**24 // n_items))
     device, (rank, world) = _device(ranker), rank_and_world()
-    if getattr(ranker, "shards", None) is not None:  # it takes all processes to score anything
+    first, stop, most = 0, n_items, n_items  # the items that are scored here, and how many are anywhere
+    shards = getattr(ranker, "shards", None)
+    if shards is not None:
         rank, world = 0, 1
+        first, stop, most = shards.first, shards.first + shards.sizes[shards.rank], shards.sizes[0]
+    batch_users = batch_users or max(1, min(512, 2**24 // most))
     starts = range(0, len(heldout), batch_users)  # the same batches for any number of processes: the same scores
     score = partial(ranker.score, vectors=ranker.item_vectors()) if hasattr(ranker, "item_vectors") else ranker.score
     found = []
@@ -104,17 +111,20 @@ def target_ranks(
         histories = heldout.histories[start : start + batch_users]
         targets = torch.from_numpy(heldout.targets[start : start + batch_users]).to(device)
         scores = score(pack_histories(histories, max_length).to(device))
-        if scores.shape != (len(targets), n_items):
-            raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {n_items})")
-        if scores.isnan().any():
-            row = int(scores.isnan().any(1).int().argmax())
+        if scores.shape != (len(targets), stop - first):
+            raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {stop - first})")
+        is_bad = scores.isnan().any(1)
+        is_bad = is_bad if shards is None else summed(is_bad.int())  # all of them stop
+        if is_bad.any():
+            row = int(is_bad.int().argmax())
             raise ValueError(f"ranker: scores of user {heldout.users[start + row]} hold NaN; has training diverged?")
         excluded = None
         if not keep_history:
             excluded = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-            rows = torch.from_numpy(np.repeat(np.arange(len(histories)), histories.lengths)).to(device)
-            excluded[rows, torch.from_numpy(histories.items).to(device)] = True
-        found.append(ranks(scores, targets, excluded).cpu())
+            here = (histories.items >= first) & (histories.items < stop)
+            places = np.repeat(np.arange(len(histories)), histories.lengths)[here], histories.items[here] - first
+            excluded[tuple(torch.from_numpy(place).to(device) for place in places)] = True
+        found.append(ranks(scores, targets, excluded, shards).cpu())
     return _of_all_processes(found, starts, len(heldout), world)
 
 
@@ -129,21 +139,30 @@ def _of_all_processes(found: list[Tensor], starts: range, users: int, world: int
     return all_ranks.numpy()
 
 
-def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Tensor:
+def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None, shards: ItemShards | None = None) -> Tensor:
     """Rank of each target, from 1: one more than the other candidates that score as high or higher.
 
     Args:
         scores: `(B, n_items)`, without NaN.
         targets: `(B,)` int64.
         excluded: `(B, n_items)` bool, items that are no candidates; a target always is one. None excludes nothing.
+        shards: given, the columns of `scores` and `excluded` are this process's items, and all processes call it
+            together: two numbers a row cross over.
 
     Returns `(B,)` int64.
     """
-    ahead = scores >= scores.gather(1, targets[:, None])
+    is_own = torch.ones_like(targets, dtype=torch.bool)
+    if shards is not None:
+        targets = targets - shards.first
+        is_own = (targets >= 0) & (targets < scores.shape[1])
+    targets = targets.where(is_own, 0)[:, None]
+    of_target = scores.gather(1, targets).where(is_own[:, None], 0)
+    ahead = scores >= (of_target if shards is None else summed(of_target))
     if excluded is not None:
         ahead &= ~excluded
-    ahead.scatter_(1, targets[:, None], True)  # the target itself is the one that makes ranks start at 1
-    return ahead.sum(1)
+    # The target itself is the one that makes ranks start at 1.
+    ahead.scatter_(1, targets, ahead.gather(1, targets) | is_own[:, None])
+    return ahead.sum(1) if shards is None else summed(ahead.sum(1))
 
 
 def metrics_of(ranks: np.ndarray) -> dict[str, float]:

@@ -104,7 +104,7 @@ class SequenceModel(nn.Module):
     def share_items(self) -> None:
         """Leaves each process its rows of the tables of items, where several train together; all of them call it.
 
-        From then on all call `loss` together, and `score` for the same histories; `item_vectors` are those of a
+        From then on all call `loss` together, and `score` for the same histories; `item_vectors` and scores are of a
         process's own items. It is for training: `similarity` needs whole tables.
 
         Raises `ValueError` where a process would have no item.
@@ -174,7 +174,7 @@ class SequenceModel(nn.Module):
 
     def _vectors_of(self, rows: Tensor) -> Tensor:
         item_id = None
-        if self.item_id is not None:  # not every backend sums up sparse gradients of several processes
+        if self.item_id is not None:  # dense with several processes: not every backend sums up sparse gradients
             item_id = F.embedding(rows, own_rows(self.item_id), sparse=rank_and_world()[1] == 1)
         return self._vectors(rows, item_id)
 
@@ -215,8 +215,6 @@ class SequenceModel(nn.Module):
 
     def products(self, hidden: Tensor, vectors: Tensor) -> Tensor:
         """`hidden (B, d)` with `vectors (n_items, d)`: `(B, n_items)`, added items apart as in `item_vectors`."""
-        if self.shards is not None:
-            return self.shards.of_all(vectors @ hidden.T).T
         if not self.n_added:
             return hidden @ vectors.T
         return torch.cat([hidden @ part.T for part in vectors.tensor_split([self.n_trained])], dim=1)

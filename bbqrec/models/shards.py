@@ -15,8 +15,7 @@ class ItemShards:
     """Which rows of the tables of items this process holds, and how it gets what depends on others.
 
     Every process holds a run of consecutive rows, all equally long but the last one: `Shard(0)` of a
-    `torch.distributed.tensor.DTensor`, which the tables are. All processes have to call `look_up`, `of_all` and `whole`
-    together.
+    `torch.distributed.tensor.DTensor`, which the tables are. All processes have to call `look_up` and `whole` together.
 
     Args:
         n_items: size of the catalogue.
@@ -72,10 +71,6 @@ class ItemShards:
         rows = torch.cat(asked) - self.first
         is_own = (rows >= 0) & (rows < self.sizes[self.rank])
         return _Exchange.apply(make(rows[is_own]), is_own, [len(part) for part in asked])
-
-    def of_all(self, own: Tensor) -> Tensor:
-        """`(n_items, ...)` of what each process has for its own items, `(sizes[rank], ...)`."""
-        return torch.cat(gathered(own, self.sizes))
 
 
 class _Exchange(torch.autograd.Function):

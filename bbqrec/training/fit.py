@@ -262,8 +262,8 @@ def _claim(folder: Path, data: Dataset, config: Config, holding: ExitStack) -> N
     if not (folder / "metrics.json").is_file():  # otherwise it is finished, and nothing is written
         require_writable(folder)
         holding.enter_context(held(folder))
-        remove_temporaries(folder)
     if not (folder / "run.json").is_file():
+        remove_temporaries(folder)
         config.save(folder / "config.yaml")
         path = None if data.path is None else str(Path(data.path).resolve())
         source = {"name": data.name, "path": path, "fingerprint": data.fingerprint()}
@@ -282,6 +282,8 @@ def _claim(folder: Path, data: Dataset, config: Config, holding: ExitStack) -> N
     changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if changed:
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
+    if not run.finished:
+        remove_temporaries(folder)
 
 
 def _make_semantic_ids(job: _Job) -> SemanticIDs:
@@ -337,7 +339,7 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     best = train(module, stage, bars=job.bars, say=job.say)
     if module.shards is not None:
         module.model = model = build()  # a whole one in the host's memory: what follows is as it ever is
-    module.load_state_dict(best["state_dict"])
+    module.load_state_dict(best.pop("state_dict"))
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     model = model.cpu().eval()
     if isinstance(model, SequenceModel) and model.similarity_weight is not None:

@@ -15,7 +15,7 @@ class RowwiseAdamW(torch.optim.AdamW):
     """AdamW that, of the tables given as `tables`, changes only the rows with a gradient, weight decay included.
 
     Each row has a count of steps of its own, so it goes where AdamW would take it if the other steps had not been.
-    With sparse gradients a step costs what it touches; where processes summed them up, they are dense. Neither
+    With sparse gradients a step costs what it touches; with several processes they are dense. Neither
     `torch.optim.SparseAdam` does: it has no weight decay, and corrects rows for the steps of all.
 
     Args:
@@ -29,6 +29,12 @@ class RowwiseAdamW(torch.optim.AdamW):
         self.tables = list(tables)
         if self.tables:
             self.add_param_group({"params": self.tables})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for table in self.tables:  # neither PyTorch nor Lightning moves a state of that name to where the table is
+            if "step" in self.state[table]:
+                self.state[table]["step"] = self.state[table]["step"].to(table.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

@@ -67,7 +67,7 @@ def train(
         say: is told where training goes on from an earlier epoch than the latest.
 
     Returns:
-        The checkpoint of the best epoch (of the last one, without patience), and `epochs_run`.
+        `state_dict` and `epoch` (from 0) of the best epoch (of the last one, without patience), and `epochs_run`.
 
     Raises:
         ValueError: there is no checkpoint that is whole, though there are some; or training diverges.
@@ -96,7 +96,7 @@ def train(
         _fit_interruptibly(trainer, module, stage, _latest_whole(stage, say))
         trainer.strategy.barrier()  # the first process writes checkpoints
     best = read_checkpoint(stage.best)
-    return {**best, "epochs_run": trainer.current_epoch}
+    return {"state_dict": best["state_dict"], "epoch": best["epoch"], "epochs_run": trainer.current_epoch}
 
 
 def _processes(module: L.LightningModule) -> dict[str, Any]:

@@ -36,6 +36,7 @@ TINY = {
     "training.batch_tokens": 100,
     "training.learning_rate": 0.01,
 }
+NEAR = 0.02  # metrics of 70 users, two of whom may have changed places by a rounding error
 FIT = """
 import json, sys
 import torch
@@ -198,7 +199,11 @@ def without_launcher(processes: int, code: str, *arguments: object) -> list[subp
         )
         for n in range(processes)
     ]
-    said = [process.communicate(timeout=300)[1] for process in started]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     return [
         subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
         for process, stderr in zip(started, said, strict=True)
@@ -254,9 +259,10 @@ def test_items_shared_out_are_trained_as_whole_tables_are(data: Dataset, tmp_pat
     launch(2, SHARE, data.path, tmp_path / "runs", json.dumps(TINY))
     whole, shared = (Run(tmp_path / "runs" / name) for name in ("whole", "shared"))
     assert_alike(shared, whole)
-    assert shared.metrics["test"] == whole.metrics["test"]
+    assert shared.metrics["test"] == pytest.approx(whole.metrics["test"], abs=NEAR)
     assert shared.metrics["test"] == shared.evaluate("test")
-    assert_frame_equal(*(read_log(run.folder / "logs" / "sequence_model") for run in (shared, whole)))
+    logs = (read_log(run.folder / "logs" / "sequence_model") for run in (shared, whole))
+    assert_frame_equal(*logs, rel_tol=1e-3, abs_tol=NEAR)
 
 
 def assert_alike(run: Run, expected: Run) -> None:
@@ -265,6 +271,22 @@ def assert_alike(run: Run, expected: Run) -> None:
     batch = pack_histories(expected.split.test.histories, 12)
     for what in (lambda model: model.item_vectors(), lambda model: model.score(batch)):
         torch.testing.assert_close(what(run.model), what(expected.model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.check
+def test_weights_that_one_process_spoils_end_all(data: Dataset, tmp_path: Path) -> None:
+    spoil = "import bbqrec.training.modules as m, os\n" + (
+        "ended = m.SequenceModule.on_train_epoch_end\n"
+        "def end(self):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        m.own_rows(self.model.item_id.detach())[0] = float('nan')\n"
+        "    ended(self)\n"
+        "m.SequenceModule.on_train_epoch_end = end\n"
+    )
+    options = json.dumps({**TINY, "model.sharded_items": True})
+    for process in without_launcher(2, spoil + FIT, data.path, tmp_path / "run", "sasrec", options):
+        assert process.returncode == 1
+        assert "training: diverged in epoch 1, weights are not finite" in process.stderr
 
 
 @pytest.mark.check

@@ -18,7 +18,7 @@ import numpy as np
 from bbqrec.data.dataset import Features
 from bbqrec.data.files import BROKEN_NPZ, one_line, read_npz_array
 
-LARGEST = 2**32  # bytes of the features that codes become
+LARGEST = 2**34  # bytes of the features that codes become
 
 
 def read_codes(path: Path, n_items: int) -> dict[str, Features]:
@@ -64,7 +64,7 @@ def one_hot_codes(codes: np.ndarray) -> Features:
     Returns features as wide as there are different codes in use, summed over the levels.
 
     Raises `TypeError` (no integers) and `ValueError` (shape, other negative codes, no item with codes, or so many
-    different ones that the features would take more than 4 GiB).
+    different ones that the features would take more than 16 GiB).
     """
     if codes.dtype.kind not in "iu":
         raise TypeError(f"codes: got {codes.dtype}, expected integers")

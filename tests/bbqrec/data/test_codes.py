@@ -29,13 +29,13 @@ def test_any_kind_of_integer_and_size_of_code(dtype):
 
 
 def test_so_many_codes_that_features_would_fill_the_memory_are_refused(tmp_path):
-    codes = np.stack([np.arange(40_000)] * 2, 1)
-    message = r"codes: got 80,000 different ones for 40,000 items, whose features would be 11\.9 GiB, expected at"
+    codes = np.stack([np.arange(50_000)] * 2, 1)
+    message = r"codes: got 100,000 different ones for 50,000 items, whose features would be 18\.6 GiB, expected at"
     with pytest.raises(ValueError, match="^" + message):
         one_hot_codes(codes)
     np.savez(tmp_path / "c.npz", text_v1=codes)
     with pytest.raises(ValueError, match=r"c\.npz: text_v1: " + message):
-        read_codes(tmp_path / "c.npz", 40_000)
+        read_codes(tmp_path / "c.npz", 50_000)
 
 
 def test_codes_take_the_memory_of_their_features():

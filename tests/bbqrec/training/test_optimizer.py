@@ -57,6 +57,16 @@ def test_other_parameters_go_as_with_adamw(trained):
     assert torch.equal(matrix, alone)
 
 
+def test_a_restored_state_is_where_its_table_is(trained):
+    _, (table, matrix), optimizer, _ = trained
+    elsewhere = [nn.Parameter(tensor.detach().to("meta")) for tensor in (table, matrix)]
+    other = RowwiseAdamW([elsewhere[1]], [elsewhere[0]], **OPTIONS)
+    other.load_state_dict(optimizer.state_dict())
+    assert {name: value.device.type for name, value in other.state[elsewhere[0]].items()} == dict.fromkeys(
+        ("exp_avg", "exp_avg_sq", "step"), "meta"
+    )
+
+
 def test_a_restored_state_goes_on_alike(trained):
     _, (table, matrix), optimizer, _ = trained
     copies = [nn.Parameter(each.detach().clone()) for each in (table, matrix)]

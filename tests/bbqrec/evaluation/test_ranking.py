@@ -1,6 +1,7 @@
 """`evaluate` against a loop over users and items, and its protocol case by case."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,27 @@ def test_ranks():
     assert ranks(scores, torch.tensor([2, 0])).tolist() == [3, 3]
     excluded = torch.tensor([[True, False, True], [False, True, False]])
     assert ranks(scores, torch.tensor([2, 0]), excluded).tolist() == [2, 2]
+
+
+def test_ranks_of_items_shared_out(monkeypatch):
+    """What three processes sum up, found in turn: ties and excluded items lie on all sides."""
+    scores, targets = torch.randint(6, (50, 14)).float(), torch.randint(14, (50,))
+    excluded = torch.rand(50, 14) < 0.3
+    cuts = [(0, 5), (5, 10), (10, 14)]
+
+    def in_each(summed):
+        monkeypatch.setattr("bbqrec.evaluation.ranking.summed", summed)
+        for first, stop in cuts:
+            part = slice(first, stop)
+            ranks(scores[:, part], targets, excluded[:, part], SimpleNamespace(first=first))
+
+    sent = []
+    in_each(lambda value: sent.append(value) or value)
+    of_targets = sum(sent[::2])
+    assert torch.equal(of_targets[:, 0], scores.gather(1, targets[:, None])[:, 0])
+    sent.clear()
+    in_each(lambda value: sent.append(value) or (of_targets if value.is_floating_point() else value))
+    assert torch.equal(sum(sent[1::2]), ranks(scores, targets, excluded))
 
 
 @pytest.mark.parametrize(

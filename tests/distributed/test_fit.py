@@ -143,7 +143,7 @@ ended = SequenceModule.on_train_epoch_end
 
 def stop(module):
     if module.current_epoch == 2:
-        raise NotImplementedError
+        raise InterruptedError
     ended(module)
 
 
@@ -155,7 +155,7 @@ with together():
         SequenceModule.on_train_epoch_end = stop
         try:
             fit(data, f"{out}/{name}/interrupted", config=config, progress=False)
-        except NotImplementedError:
+        except InterruptedError:
             SequenceModule.on_train_epoch_end = ended
         else:
             raise AssertionError(name)
@@ -208,6 +208,24 @@ def without_launcher(processes: int, code: str, *arguments: object) -> list[subp
         subprocess.CompletedProcess(command, process.returncode, stderr=stderr)
         for process, stderr in zip(started, said, strict=True)
     ]
+
+
+def before_an_epoch_ends(do: str) -> str:
+    """Code to come before other code: does something more, in one line, at every end of an epoch."""
+    return f"""
+import os, signal
+from bbqrec.training import modules
+
+rank, ended = os.environ["RANK"], modules.SequenceModule.on_train_epoch_end
+
+
+def end(self):
+    {do}
+    ended(self)
+
+
+modules.SequenceModule.on_train_epoch_end = end
+"""
 
 
 def in_a_file(code: str, *arguments: object) -> list[str]:
@@ -275,14 +293,7 @@ def assert_alike(run: Run, expected: Run) -> None:
 
 @pytest.mark.check
 def test_weights_that_one_process_spoils_end_all(data: Dataset, tmp_path: Path) -> None:
-    spoil = "import bbqrec.training.modules as m, os\n" + (
-        "ended = m.SequenceModule.on_train_epoch_end\n"
-        "def end(self):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        m.own_rows(self.model.item_id.detach())[0] = float('nan')\n"
-        "    ended(self)\n"
-        "m.SequenceModule.on_train_epoch_end = end\n"
-    )
+    spoil = before_an_epoch_ends("if rank == '1': modules.own_rows(self.model.item_id.detach())[0] = float('nan')")
     options = json.dumps({**TINY, "model.sharded_items": True})
     for process in without_launcher(2, spoil + FIT, data.path, tmp_path / "run", "sasrec", options):
         assert process.returncode == 1
@@ -310,10 +321,7 @@ def test_items_shared_out_resume_with_any_number_of_processes(data: Dataset, tmp
 def test_interrupted_processes_resume_and_end_where_undisturbed_ones_do(data: Dataset, tmp_path: Path) -> None:
     options = {**TINY, "training.epochs": 3}
     launch(2, FIT, data.path, tmp_path / "undisturbed", "bbqrec", json.dumps(options))
-    stop = "import bbqrec.training.modules as m, os\n" + (
-        "ended = m.SequenceModule.on_train_epoch_end\n"
-        "m.SequenceModule.on_train_epoch_end = lambda self: os._exit(3) if self.current_epoch > 1 else ended(self)\n"
-    )
+    stop = before_an_epoch_ends("if self.current_epoch > 1: os._exit(3)")
     out = tmp_path / "interrupted"
     assert launch(2, stop + FIT, data.path, out, "bbqrec", json.dumps(options), check=False).returncode
     assert not Run(out).finished
@@ -325,14 +333,7 @@ def test_interrupted_processes_resume_and_end_where_undisturbed_ones_do(data: Da
 
 @pytest.mark.check
 def test_where_a_process_dies_the_others_say_so_and_end(data: Dataset, tmp_path: Path) -> None:
-    die = "import bbqrec.training.modules as m, os, signal\n" + (
-        "ended = m.SequenceModule.on_train_epoch_end\n"
-        "def end(self):\n"
-        "    if self.current_epoch == 1 and os.environ['RANK'] == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    ended(self)\n"
-        "m.SequenceModule.on_train_epoch_end = end\n"
-    )
+    die = before_an_epoch_ends("if rank == '1' and self.current_epoch == 1: os.kill(os.getpid(), signal.SIGKILL)")
     arguments = (data.path, tmp_path / "run", "sasrec", json.dumps(TINY))
     first, second = without_launcher(2, die + FIT, *arguments)
     assert second.returncode == -signal.SIGKILL

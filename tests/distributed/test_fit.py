@@ -216,7 +216,7 @@ def before_an_epoch_ends(do: str) -> str:
 import os, signal
 from bbqrec.training import modules
 
-rank, ended = os.environ["RANK"], modules.SequenceModule.on_train_epoch_end
+rank, ended = os.environ['RANK'], modules.SequenceModule.on_train_epoch_end
 
 
 def end(self):

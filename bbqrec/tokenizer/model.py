@@ -19,6 +19,7 @@ from bbqrec.config import TokenizerConfig
 from bbqrec.data.batches import PackedBatch
 from bbqrec.data.dataset import Features
 from bbqrec.models.transformer import CausalTransformer
+from bbqrec.processes import rank_and_world
 from bbqrec.tokenizer.losses import GaussianNetwork, info_nce
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec_kernels import ResidualQuantizer, residual_quantize
@@ -79,7 +80,15 @@ class Tokenizer(nn.Module):
 
     def behaviour_vectors(self, items: Tensor) -> Tensor:
         """`(N, d)` of items `(N,)`, on the scale of the encoders' outputs: they share codebooks."""
-        return F.layer_norm(self.behaviour(items), (self.config.dim,))
+        sparse = rank_and_world()[1] == 1  # not every backend sums up sparse gradients
+        return F.layer_norm(F.embedding(items, self.behaviour.weight, sparse=sparse), (self.config.dim,))
+
+    def random_items(self, count: int) -> Tensor:
+        """`(min(count, n_items),)` distinct items, in time that does not grow with the catalogue."""
+        n_items = self.behaviour.num_embeddings
+        rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
+        items = torch.from_numpy(rng.choice(n_items, min(count, n_items), replace=False))
+        return items.to(self.behaviour.weight.device)
 
     @torch.no_grad()
     def initialize_codebooks(self, generator: torch.Generator) -> None:
@@ -95,8 +104,7 @@ class Tokenizer(nn.Module):
 
         Returns which moved, `(L, K)` bool of each quantizer: see `ResidualQuantizer.revive`.
         """
-        items = torch.randperm(len(self.behaviour.weight), device=self.initialized.device)[:REVIVAL_ITEMS]
-        rows = self._quantized_rows(items)
+        rows = self._quantized_rows(self.random_items(REVIVAL_ITEMS))
         return [
             quantizer.revive(x, window=self.config.revive_after)
             for quantizer, x in zip(self.quantizers, rows, strict=True)

@@ -133,11 +133,13 @@ class TokenizerModule(EpochSeeded):
                 state[quantizer.codebooks][name][codewords] = 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        estimators = list(self.tokenizer.mutual_information.parameters())
-        held_out = {id(p) for p in estimators}
-        others = [p for p in self.tokenizer.parameters() if id(p) not in held_out]
-        groups = [others, estimators] if estimators else [others]
-        return [torch.optim.Adam(group, lr=self.config.learning_rate) for group in groups]
+        """Behaviour vectors move where a step has their item, so a step costs the same however many items there are."""
+        estimators, table = list(self.tokenizer.mutual_information.parameters()), self.tokenizer.behaviour.weight
+        apart = {id(parameter) for parameter in [*estimators, table]}
+        others = [parameter for parameter in self.tokenizer.parameters() if id(parameter) not in apart]
+        options = {"lr": self.config.learning_rate, "weight_decay": 0.0}
+        optimizers = [RowwiseAdamW(others, [table], **options)]
+        return optimizers + [torch.optim.AdamW(estimators, **options)] * bool(estimators)
 
     def _optimizers(self) -> list:
         optimizers = self.optimizers()
@@ -145,10 +147,9 @@ class TokenizerModule(EpochSeeded):
 
     def items_of_step(self, batch: PackedBatch) -> Tensor:
         """The items of the batch, filled up with random others, so that content nobody bought is learned too."""
-        n_items = self.tokenizer.behaviour.num_embeddings
         own = torch.cat([batch.items, batch.targets]).unique()
-        missing = max(0, min(self.config.batch_items, n_items) - len(own))
-        others = torch.randperm(n_items, device=own.device)
+        others = self.tokenizer.random_items(self.config.batch_items)  # no more of these are own than own there are
+        missing = max(0, len(others) - len(own))
         others = others[~torch.isin(others, own)][:missing]
         return torch.cat([own, others]).sort().values
 

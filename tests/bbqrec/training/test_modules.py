@@ -36,6 +36,29 @@ def test_every_parameter_has_one_optimizer(module):
     assert others | estimators == {id(p) for p in module.tokenizer.parameters()}
 
 
+def test_a_step_moves_the_behaviour_vectors_of_its_items_alone(module, training_batch):
+    optimizer, _ = module.configure_optimizers()
+    table = module.tokenizer.behaviour.weight
+    module.tokenizer.initialize_codebooks(torch.Generator().manual_seed(0))
+    for origins in ([3, 9, 3, 5], [40, 2, 7, 9]):  # the second step would carry on what moved in the first
+        batch = training_batch(origins)
+        items, before = module.items_of_step(batch), table.detach().clone()
+        sum(module.tokenizer.losses(items, batch).values()).backward()
+        assert table.grad.is_sparse
+        optimizer.step()
+        moved = (table != before).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, items)
+        assert len(items) < len(table)
+
+
+@pytest.mark.parametrize("count", [5, 40, 10_000])
+def test_random_items_are_distinct_and_any(module, tiny_data, count):
+    drawn = [module.tokenizer.random_items(count) for _ in range(200 if count < 10_000 else 1)]
+    for items in drawn:
+        assert len(items) == len(items.unique()) == min(count, tiny_data.n_items)
+    assert torch.cat(drawn).unique().tolist() == list(range(tiny_data.n_items))
+
+
 def test_training_moves_the_estimators_of_club(module):
     estimators = dict(module.tokenizer.mutual_information.named_parameters())
     before = {name: p.detach().clone() for name, p in estimators.items()}

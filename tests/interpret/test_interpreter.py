@@ -17,7 +17,7 @@ MODULES = {
     f"{OPERATOR}/test_contract.py": 30,
     f"{OPERATOR}/test_decode_and_statistics.py": 90,
     f"{OPERATOR}/test_independence.py": 7,
-    f"{OPERATOR}/test_values.py": 150,
+    f"{OPERATOR}/test_values.py": 130,
     "tests/interpret/test_filter.py": 15,
     f"{ATTENTION}/test_accuracy.py": 105,
     f"{ATTENTION}/test_operators.py": 18,

@@ -40,8 +40,8 @@ def check_operators(forward, backward, arguments: tuple, layout: str) -> None:
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("kinds", [(), ALL_KINDS], ids=["plain", "terms"])
 def test_opcheck_padded(kinds: tuple[str, ...], masks: str, layout: str, operators: ops.Operators) -> None:
-    channels = 1 if operators is ops.triton else 2  # the interpreter is slow
-    inputs = random_inputs(rows=4, columns=5, kinds=kinds, channels=channels).require_grad()
+    few = {"heads": 1, "channels": 1} if operators is ops.triton else {}  # the interpreter is slow
+    inputs = random_inputs(rows=4, columns=5, kinds=kinds, **few).require_grad()
     arguments = arguments_of(inputs, layout, *MASKS[masks])
     check_operators(operators.similarity_attention, operators.similarity_attention_backward, arguments, layout)
 
@@ -49,8 +49,8 @@ def test_opcheck_padded(kinds: tuple[str, ...], masks: str, layout: str, operato
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("kinds", [(), ALL_KINDS], ids=["plain", "terms"])
 def test_opcheck_packed(kinds: tuple[str, ...], layout: str, operators: ops.Operators) -> None:
-    channels = 1 if operators is ops.triton else 2
-    inputs = random_packed_inputs([3, 0, 5], kinds=kinds, channels=channels).require_grad()
+    few = {"heads": 1, "channels": 1} if operators is ops.triton else {}
+    inputs = random_packed_inputs([3, 0, 5], kinds=kinds, **few).require_grad()
     arguments = arguments_of(inputs, layout, inputs.cu_seqlens, 5, True, 0.3)
     forward, backward = operators.similarity_attention_varlen, operators.similarity_attention_varlen_backward
     check_operators(forward, backward, arguments, layout)

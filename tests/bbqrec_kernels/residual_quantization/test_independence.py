@@ -24,9 +24,10 @@ def test_row_does_not_see_its_position(impl: str, width: int) -> None:
     x, codebooks = near_tied_inputs(131, width)
     codes, quantized = residual_quantize(x, codebooks, impl=impl)[1::-1]
     assert width == 1 or codes[:, 0].unique().numel() > 5
-    shuffle = torch.randperm(131)
-    selections = [shuffle, torch.arange(1, 131), torch.arange(3, 68), torch.arange(0, 131, 2)]
+    selections = [torch.randperm(131), torch.arange(3, 68), torch.arange(0, 131, 2)]
     selections += [torch.tensor([i]) for i in (0, 63, 64, 127, 130)]
+    if impl in ("simt", "triton"):  # run one by one, slowly
+        selections = [selections[0][:70], *selections[1:]]
     for rows in selections:
         result = residual_quantize(x[rows], codebooks, impl=impl)
         assert torch.equal(result.codes, codes[rows])
@@ -93,7 +94,7 @@ def test_every_call_gives_the_same_bits(impl: str) -> None:
     try:
         torch.set_num_threads(2)
         expected = everything()
-        for _ in range(10):
+        for _ in range(2 if impl == "simt" else 10):
             assert all(map(torch.equal, expected, everything()))
     finally:
         torch.set_num_threads(threads)

@@ -98,6 +98,9 @@ class TrainingConfig(Section):
     epochs: int = Field(200, ge=1, description="upper limit; training stops earlier by patience")
     patience: int = Field(7, ge=1, description="epochs without a better validation NDCG@10 before stopping")
     decay_after: int = Field(3, ge=1, description="after every so many of them, the learning rate falls to a third")
+    validation_users: int | None = Field(
+        None, ge=1, description="users whose targets each epoch ranks, the same ones every time; null: all"
+    )
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at first")
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")

@@ -27,6 +27,15 @@ class Heldout:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def sample(self, n: int | None, seed: int) -> Heldout:
+        """`n` users in their order, drawn by `seed`; all where there are no more, or `n` is None."""
+        if n is None or n >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
+        offsets = self.histories.offsets
+        histories = self.histories.spans(offsets[chosen], offsets[chosen + 1])
+        return Heldout(histories, self.targets[chosen], self.users[chosen])
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

@@ -113,7 +113,7 @@ def target_ranks(
         scores = score(pack_histories(histories, max_length).to(device))
         if scores.shape != (len(targets), stop - first):
             raise ValueError(f"ranker: got scores {tuple(scores.shape)}, expected ({len(targets)}, {stop - first})")
-        is_bad = scores.isnan().any(1)
+        is_bad = scores.amax(1).isnan()  # in a sixth of the time of `isnan`
         is_bad = is_bad if shards is None else summed(is_bad.int())  # all of them stop
         if is_bad.any():
             row = int(is_bad.int().argmax())
@@ -159,10 +159,11 @@ def ranks(scores: Tensor, targets: Tensor, excluded: Tensor | None = None, shard
     of_target = scores.gather(1, targets).where(is_own[:, None], 0)
     ahead = scores >= (of_target if shards is None else summed(of_target))
     if excluded is not None:
-        ahead &= ~excluded
+        ahead.masked_fill_(excluded, False)
     # The target itself is the one that makes ranks start at 1.
     ahead.scatter_(1, targets, ahead.gather(1, targets) | is_own[:, None])
-    return ahead.sum(1) if shards is None else summed(ahead.sum(1))
+    count = ahead.sum(1, dtype=torch.int32).long()  # int64 takes twice the time
+    return count if shards is None else summed(count)
 
 
 def metrics_of(ranks: np.ndarray) -> dict[str, float]:

@@ -184,7 +184,7 @@ class SequenceModel(nn.Module):
         vectors = self.item_vectors() if vectors is None else vectors
         hidden, vectors = self.compared(self(batch, vectors)[batch.last], vectors)
         scores = self.products(hidden, vectors)
-        return scores + self.similarity(batch) if self.adds_similarity else scores
+        return scores.add_(self.similarity(batch)) if self.adds_similarity else scores
 
     @property
     def adds_similarity(self) -> bool:
@@ -194,7 +194,7 @@ class SequenceModel(nn.Module):
     def similarity(self, batch: PackedBatch) -> Tensor:
         """What `similarity_output` adds to the scores `(B, n_items)`."""
         profiles = history_profiles(batch, self.features, self.similarity_decay)
-        return self.similarity_weight * self.products(profiles, self.features)
+        return self.products(self.similarity_weight * profiles, self.features)
 
     @torch.no_grad()
     def attention(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:

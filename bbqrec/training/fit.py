@@ -19,7 +19,7 @@ from bbqrec.config import Config, flat_options
 from bbqrec.data.batches import PrefixBatches, TrainingBatches
 from bbqrec.data.dataset import Dataset, Features
 from bbqrec.data.files import LOCK, held, remove_temporaries, require_writable
-from bbqrec.data.splits import Split, leave_one_out
+from bbqrec.data.splits import Heldout, Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
@@ -127,6 +127,7 @@ class _Job:
     features: dict[str, Features]
     directions: torch.Tensor | None  # of `principal_directions`
     split: Split
+    validation: Heldout  # by which epochs and weights are chosen; `split` has that of all users
     config: Config
     bars: bool
     say: Callable[..., None]
@@ -183,7 +184,8 @@ def _start(
                 say("model.cross_modal: no, modalities with codebooks of their own have no code in common")
             elif len(channels) == len(features):
                 say(f"model.cross_modal: no, of {MAX_CHANNELS} channels in attention it needs {len(features) ** 2}")
-    return _Job(run, data, features, directions, split, config, bars, say)
+    validation = split.validation.sample(config.training.validation_users, config.training.seed)
+    return _Job(run, data, features, directions, split, validation, config, bars, say)
 
 
 def _prepare(run: Run, features: dict[str, Features], config: Config) -> None:
@@ -330,9 +332,11 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     batches_of_model = PrefixBatches if isinstance(model, Tiger) else TrainingBatches
     batches = batches_of_model(job.split.train, max_length, options.batch_tokens, options.seed)
     user_ids = job.data.user_ids
-    module = SequenceModule(model, job.config, batches, user_ids, job.split.validation, job.data.n_items)
+    module = SequenceModule(model, job.config, batches, user_ids, job.validation, job.data.n_items)
     if isinstance(model, SequenceModel) and model.samples:
         job.say(f"sequence model: softmax over {job.config.model.sampled_items:,} items drawn each step")
+    if len(job.validation) < len(job.split.validation):
+        job.say(f"sequence model: validated on {len(job.validation):,} of {len(job.split.validation):,} users")
     if module.shards is not None:
         job.say(f"sequence model: {module.shards.sizes[0]:,} of {job.data.n_items:,} items in each process")
     stage = Stage(job.run.folder, "sequence_model", options.epochs, options.patience, options.decay_after)
@@ -354,7 +358,7 @@ def _choose_similarity(job: _Job, model: SequenceModel) -> None:
         model.similarity_weight.fill_(weight)
         model.similarity_decay.fill_(decay)
         max_length = job.config.model.max_length
-        return evaluate(model, job.split.validation, job.data.n_items, max_length=max_length)["ndcg@10"]
+        return evaluate(model, job.validation, job.data.n_items, max_length=max_length)["ndcg@10"]
 
     weight, decay, without, best = best_similarity(found)
     model.similarity_weight.fill_(weight)

@@ -139,7 +139,9 @@ class TokenizerModule(EpochSeeded):
         others = [parameter for parameter in self.tokenizer.parameters() if id(parameter) not in apart]
         options = {"lr": self.config.learning_rate, "weight_decay": 0.0}
         optimizers = [RowwiseAdamW(others, [table], **options)]
-        return optimizers + [torch.optim.AdamW(estimators, **options)] * bool(estimators)
+        if estimators:
+            optimizers.append(torch.optim.AdamW(estimators, **options))
+        return optimizers
 
     def _optimizers(self) -> list:
         optimizers = self.optimizers()

@@ -30,6 +30,21 @@ def test_timestamps_go_along(tiny):
     assert split.test.histories.timestamps.tolist() == [5, 6, 6, 2, 3]
 
 
+def test_a_sample_of_users_is_theirs_alone_and_the_same_every_time(timed_data):
+    whole = leave_one_out(timed_data).validation
+    some = whole.sample(20, seed=0)
+    assert len(some) == len(set(some.users)) == 20
+    assert sorted(some.users) == some.users.tolist()
+    for n, user in enumerate(some.users):
+        (place,) = np.flatnonzero(whole.users == user)
+        assert some.targets[n] == whole.targets[place]
+        assert np.array_equal(some.histories[n], whole.histories[place])
+        assert np.array_equal(some.histories[n : n + 1].timestamps, whole.histories[place : place + 1].timestamps)
+    assert np.array_equal(whole.sample(20, seed=0).users, some.users)
+    assert not np.array_equal(whole.sample(20, seed=1).users, some.users)
+    assert whole.sample(None, seed=0) is whole.sample(len(whole), seed=0) is whole
+
+
 def test_only_short_histories(tiny):
     split = leave_one_out(replace(tiny, histories=Histories.from_lists([[0, 1], [1], [2]])))
     assert len(split.validation) == len(split.test) == 0

@@ -14,7 +14,10 @@ from bbqrec.models.shards import own_rows
 class RowwiseAdamW(torch.optim.AdamW):
     """AdamW that, of the tables given as `tables`, changes only the rows with a gradient, weight decay included.
 
-    Each row has a count of steps of its own, so it goes where AdamW would take it if the other steps had not been.
+    A row's averages are over the steps that have it, so it goes as if the others had not been, with one exception: in
+    the mean of squares they count, as steps whose gradient is zero. AdamW moves a row on for some steps after one that
+    has it; here it goes all that way at once. Otherwise rows that are seldom there would learn far less.
+
     With sparse gradients a step costs what it touches; with several processes they are dense. Neither
     `torch.optim.SparseAdam` does: it has no weight decay, and corrects rows for the steps of all.
 
@@ -55,6 +58,8 @@ class RowwiseAdamW(torch.optim.AdamW):
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
             state["step"] = torch.zeros_like(table[:, :1])
+            state["steps_of_all"] = torch.zeros((), device=table.device)
+        state["steps_of_all"] += 1
         table, state = own_rows(table), {name: own_rows(value) for name, value in state.items()}
         (first, second), rate = options["betas"], options["lr"]
         steps = state["step"][rows] + 1
@@ -62,7 +67,8 @@ class RowwiseAdamW(torch.optim.AdamW):
         square = state["exp_avg_sq"][rows].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         for name, value in (("step", steps), ("exp_avg", mean), ("exp_avg_sq", square)):
             state[name].index_copy_(0, rows, value)
-        size = (square / (1 - second**steps)).sqrt_().add_(options["eps"])
+        share = steps / state["steps_of_all"]
+        size = (square / (1 - second**steps) * share).sqrt_().add_(options["eps"])
         moved = table[rows] * (1 - rate * options["weight_decay"]) - rate * (mean / (1 - first**steps)) / size
         table.index_copy_(0, rows, moved)
 

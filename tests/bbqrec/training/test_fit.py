@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from bbqrec import Config, Run, fit, tokenize
 from bbqrec.config import flat_options
 from bbqrec.data.dataset import Histories
+from bbqrec.data.splits import leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.most_popular import MostPopular
 from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.model import Tokenizer
 from bbqrec.training import fit as fitting
+from bbqrec.training import modules
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
@@ -211,6 +213,27 @@ def test_the_best_epoch_is_returned_and_not_the_last(tiny_data, tiny_config, tmp
     for name, weights in run.model.state_dict().items():
         assert torch.equal(weights, best["state_dict"][f"model.{name}"]), name
     assert not torch.equal(run.model.item_id, last["state_dict"]["model.item_id"])
+
+
+def test_epochs_and_weights_are_chosen_by_some_users_and_metrics_are_of_all(
+    tiny_data, tiny_config, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def recorded(ranker, heldout, *args, **options):
+        asked.append(heldout.users)
+        return evaluate(ranker, heldout, *args, **options)
+
+    for module in (modules, fitting):
+        monkeypatch.setattr(module, "evaluate", recorded)
+    config = tiny_config.override({"training.validation_users": 7})
+    run = fit(tiny_data, tmp_path / "run", config=config)
+    users = leave_one_out(tiny_data).validation.users
+    *choosing, _, _, _, _ = asked  # what ends a run: two models, two splits
+    assert len(choosing) >= run.config.training.patience
+    assert all(len(chosen) == 7 and np.array_equal(chosen, choosing[0]) for chosen in choosing)
+    assert run.metrics["validation"]["users"] == run.metrics["test"]["users"] == len(users) > 7
+    assert f"validated on 7 of {len(users)} users" in capsys.readouterr().err
 
 
 def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path):

@@ -184,7 +184,8 @@ def test_the_search_for_similarity_finds_the_peak(best, chosen, bbqrec_run, monk
 
     monkeypatch.setattr(fitting, "evaluate", metric)
     run = Run(bbqrec_run.folder, bbqrec_run.data)
-    job = SimpleNamespace(config=run.config, data=run.data, split=run.split, say=lambda *_, **__: None)
+    validation, say = run.split.validation, lambda *_, **__: None
+    job = SimpleNamespace(config=run.config, data=run.data, validation=validation, say=say)
     fitting._choose_similarity(job, run.model)
     found = run.model.similarity_weight.item(), run.model.similarity_decay.item()
     assert found == pytest.approx(chosen)

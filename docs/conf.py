@@ -103,6 +103,11 @@ def accuracy() -> str:
     return table.tables(map(runs.Runs.load, runs.NAMES))
 
 
+def grid() -> str:
+    """Dropout and weight decay of each model: what `python -m benchmarks.accuracy --table --grid` prints."""
+    return table.grid_table(map(runs.Runs.load_grid, runs.NAMES))
+
+
 def reweighted() -> str:
     """What reweighting attention is worth, from all rows there are."""
     return reweighting.table_of(sorted((RESULTS / "reweighting").glob("*.csv")))
@@ -143,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "provenance": provenance,
     "static-costs": static_costs,
     "accuracy": accuracy,
+    "grid": grid,
     "reweighting": reweighted,
     "options": options,
 }

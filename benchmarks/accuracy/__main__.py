@@ -3,6 +3,8 @@
     python -m benchmarks.accuracy beauty --data DATA                # the runs that beauty.yaml names
     python -m benchmarks.accuracy beauty --data DATA --run bbqrec   # one row of the table
     python -m benchmarks.accuracy --table [beauty ...]              # the tables, from results that are there
+    python -m benchmarks.accuracy beauty --data DATA --grid         # dropout and weight decay, to choose on validation
+    python -m benchmarks.accuracy --table --grid                    # the choices
 
 A row of `benchmarks/results/accuracy/NAME.csv` is a run, a seed and a split. What the file has is not measured again.
 Finished run folders in `--out` are not fitted again either, unfinished ones are resumed.
@@ -18,7 +20,7 @@ from pathlib import Path
 from bbqrec import Dataset
 from benchmarks.accuracy.measure import measure
 from benchmarks.accuracy.runs import NAMES, Runs
-from benchmarks.accuracy.table import headline, tables
+from benchmarks.accuracy.table import grid_table, headline, tables
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,16 +30,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"of data sets, one to measure: {', '.join(NAMES)}")
     parser.add_argument("--table", action="store_true", help="show the tables (of all, if none is named)")
     parser.add_argument("--headline", action="store_true", help="show the table of the project's README")
+    parser.add_argument("--grid", action="store_true", help="the models at each point of the grid, instead of the runs")
     parser.add_argument("--data", type=Path, help="the data set's folder")
     parser.add_argument("--run", nargs="+", metavar="RUN", help="which of the file's runs (default: all)")
     parser.add_argument("--seeds", type=int, help="as many, from 0 (default: what the file says)")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of the run folders")
-    parser.add_argument("--csv", type=Path, help="where rows go (default: benchmarks/results/accuracy/NAME.csv)")
+    parser.add_argument(
+        "--csv", type=Path, help="where rows go (default: NAME.csv, or NAME-grid.csv, in benchmarks/results/accuracy)"
+    )
     chosen = parser.parse_args(arguments)
     if unknown := [name for name in chosen.names if name not in NAMES]:
         parser.error(f"name: got {', '.join(unknown)}, expected names among {', '.join(NAMES)}")
+    load, show = (Runs.load_grid, grid_table) if chosen.grid else (Runs.load, tables)
     if chosen.table:
-        print(tables(map(Runs.load, chosen.names or NAMES)))
+        print(show(map(load, chosen.names or NAMES)))
         return
     if chosen.headline:
         print(headline(map(Runs.load, chosen.names or NAMES)))
@@ -45,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(chosen.names) != 1 or not chosen.data:
         parser.error("one name and --data are needed to measure")
 
-    runs = Runs.load(chosen.names[0], chosen.csv)
+    runs = load(chosen.names[0], chosen.csv)
     if unknown := [name for name in chosen.run or () if name not in runs.runs]:
         parser.error(f"--run: got {', '.join(unknown)}, expected names among {', '.join(runs.runs)}")
     data = Dataset.load(chosen.data)
@@ -57,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if not runs.has(name, seed):
                     arguments_of_run = data, name, run.model, run.options, seed, chosen.out / runs.name
                     runs.add(pool.submit(measure, *arguments_of_run).result())
-    print(tables([runs]))
+    print(show([runs]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))  # of data sets
 RESULTS = FOLDER.parent / "results" / "accuracy"
+
+GRID = {"model.dropout": (0.2, 0.35, 0.5), "training.weight_decay": (0.05, 0.5)}
+POINTS = [
+    [f"{key}={value}" for key, value in zip(GRID, point, strict=True)] for point in itertools.product(*GRID.values())
+]
+IN_GRID = ("sasrec", "sasrec-features", "bbqrec")  # runs that are measured at each of its points
 
 
 class Entry(BaseModel):
@@ -55,6 +62,17 @@ class Runs(BaseModel):
         rows = pl.read_csv(csv, infer_schema_length=None) if csv.is_file() else pl.DataFrame()
         values: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         return cls(**values, name=name, csv=csv, rows=rows)
+
+    @classmethod
+    def load_grid(cls, name: str, csv: Path | None = None) -> Runs:
+        """The same models at each point of the grid, as runs called `bbqrec model.dropout=0.2 ...`."""
+        runs = cls.load(name, csv or RESULTS / f"{name}-grid.csv")
+        entries = [(run, runs.runs[run], point) for run in IN_GRID if run in runs.runs for point in POINTS]
+        runs.runs = {
+            " ".join([run, *point]): Entry(model=entry.model, options=[*entry.options, *point])
+            for run, entry, point in entries
+        }
+        return runs
 
     def has(self, run: str, seed: int) -> bool:
         return not self.rows.is_empty() and not self.rows.filter(run=run, seed=seed).is_empty()

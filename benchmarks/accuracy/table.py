@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import polars as pl
 from scipy import stats
 
-from benchmarks.accuracy.runs import Runs
+from benchmarks.accuracy.runs import IN_GRID, POINTS, Runs
 
 TITLES = {
     "most_popular": "most popular",
@@ -80,6 +80,20 @@ def _table_of_parts(runs: Runs) -> str:
                 cells.append(f"{mean(values)}, {users:,} users" if len(values) else "none")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def grid_table(all_runs: Iterable[Runs]) -> str:
+    """Validation NDCG@10 of each data set and model by point of the grid, the best of a line in bold type."""
+    lines = _head(["data", "run", "seeds", *(" ".join(f"`{option}`" for option in point) for point in POINTS)])
+    for runs in all_runs:
+        for run in IN_GRID:
+            found = [runs.of(" ".join([run, *point]), "validation") for point in POINTS]
+            if any(rows.is_empty() for rows in found):
+                continue
+            means = [rows["ndcg@10"].mean() for rows in found]
+            cells = [f"**{_number(value)}**" if value == max(means) else _number(value) for value in means]
+            lines.append(f"| {' | '.join([runs.title, f'`{run}`', str(len(found[0])), *cells])} |")
+    return "\n".join(lines)
 
 
 def _head(names: list[str]) -> list[str]:

@@ -163,3 +163,18 @@ def test_files_name_options_that_there_are_and_rows_are_theirs(name: str) -> Non
         assert set(loaded.rows["run"]) <= loaded.runs.keys()
         keys = loaded.rows.select("run", "seed", "split")
         assert keys.is_unique().all()
+
+
+def test_grid_is_of_every_model_and_its_table_of_validation(shop, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    call, _ = shop
+    points = [["model.dropout=0.2"], ["model.dropout=0.35"]]
+    monkeypatch.setattr(runs, "POINTS", points)
+    monkeypatch.setattr(table, "POINTS", points)
+    rows = call("--grid", "--seeds", "2")
+    names = ["bbqrec model.dropout=0.2", "bbqrec model.dropout=0.35"]
+    assert rows["run"].unique(maintain_order=True).to_list() == names
+    assert rows["options"][0] == "training.epochs=1 model.max_length=7 model.dropout=0.2"
+    means = [rows.filter(run=name, split="validation")["ndcg@10"].mean() for name in names]
+    cells = [f"{value:.4f}".removeprefix("0") for value in means]
+    cells[means.index(max(means))] = f"**{max(means):.4f}**".replace("0.", ".")
+    assert f"| Shop | `bbqrec` | 2 | {' | '.join(cells)} |" in capsys.readouterr().out

@@ -101,6 +101,9 @@ class TrainingConfig(Section):
     validation_users: int | None = Field(
         None, ge=1, description="users whose targets each epoch ranks, the same ones every time; null: all"
     )
+    final_users: int | None = Field(
+        None, ge=1, description="users whose targets the metrics at the end rank, drawn once; null: all"
+    )
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at first")
     weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")

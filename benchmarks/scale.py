@@ -1,8 +1,9 @@
 """Time and memory of each step, for generated catalogues that grow: each in a process of its own.
 
-    python -m benchmarks.scale --csv FILE [--items 10000 100000 1000000] [--interactions-per-item 10]
+    python -m benchmarks.scale --csv FILE [--items 10000 100000 1000000] [--steps import fit ...]
 
-Popularity falls as 1 / rank, users have 10 interactions on average, and every item has one text vector of 64 numbers.
+An item has `--interactions-per-item` interactions, 10 unless said, and one text vector of 64 numbers. Popularity falls
+as 1 / rank; users have 10 interactions on average.
 One row a catalogue and step:
 
 seconds        of the step
@@ -13,7 +14,8 @@ peak_mb        most resident memory of the process
 Steps: `import` reads, prepares and writes the data set. `codebooks` is the tokenizer's start, k-means over all items.
 `tokenizer` and `training` are optimizer steps over all interactions, from the median of some; `training` with a softmax
 over all items, `training, sampled` over 4096. `codes` are those of the catalogue; `evaluation` ranks all items for
-users.
+users. `fit` is a whole run: tokenizer, one epoch with the sampled softmax, and all else that `bbqrec fit` does, for the
+metrics of 2000 users.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ import polars as pl
 WIDTH = 64
 STEPS = 6  # optimizer steps to time; the first is left out
 USERS = 512  # to rank items for
+FIT_USERS = 2000  # that a whole run is validated and tested on
+SAMPLED = 4096  # items of a sampled softmax
 FULL_SOFTMAX = 200_000  # items up to which the exact softmax is timed
 
 
@@ -126,7 +130,7 @@ def training(folder: Path, sampled: int | None = None) -> tuple[float, int]:
 
 
 def sampled_training(folder: Path) -> tuple[float, int]:
-    return training(folder, sampled=4096)
+    return training(folder, sampled=SAMPLED)
 
 
 def evaluation(folder: Path) -> tuple[float, int]:
@@ -142,6 +146,20 @@ def evaluation(folder: Path) -> tuple[float, int]:
     return time.perf_counter() - started, len(some)
 
 
+def fit(folder: Path) -> tuple[float, int]:
+    import bbqrec
+
+    options = {
+        "model.sampled_items": SAMPLED,
+        "training.epochs": 1,
+        "training.validation_users": FIT_USERS,
+        "training.final_users": FIT_USERS,
+    }
+    started = time.perf_counter()
+    run = bbqrec.fit(folder, folder.parent / "run", config=bbqrec.Config().override(options))
+    return time.perf_counter() - started, len(run.data.histories.items)
+
+
 STAGES: dict[str, Callable[[Path], tuple[float, int]]] = {
     "import": import_,
     "codebooks": codebooks,
@@ -150,6 +168,7 @@ STAGES: dict[str, Callable[[Path], tuple[float, int]]] = {
     "training": training,
     "training, sampled": sampled_training,
     "evaluation": evaluation,
+    "fit": fit,
 }
 UNITS = {"codebooks": "items", "codes": "items", "evaluation": "users"}
 
@@ -229,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="catalogue sizes")
     parser.add_argument("--interactions-per-item", type=int, default=10)
+    parser.add_argument("--steps", nargs="+", choices=STAGES, default=list(STAGES), metavar="STEP", help="default: all")
     parser.add_argument("--csv", type=Path, help="where the rows go, and a plot beside them")
     arguments = parser.parse_args()
 
@@ -243,7 +263,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "data"
             generate(folder, n_items, n_interactions)
-            for stage in STAGES:
+            for stage in arguments.steps:
                 if stage == "training" and n_items > FULL_SOFTMAX:
                     continue
                 context = multiprocessing.get_context("spawn")

@@ -390,10 +390,13 @@ def _features_of_model(job: _Job) -> torch.Tensor | None:
 
 
 def _final_metrics(job: _Job, model: SequenceModel | Tiger) -> dict[str, Any]:
-    split, n_items = job.split, job.data.n_items
+    split, n_items, training = job.split, job.data.n_items, job.config.training
     options = {"n_items": n_items, "max_length": job.config.model.max_length, "train_items": split.train_items}
     popular = MostPopular(split.train, n_items)
-    held_out = {"validation": split.validation, "test": split.test}
+    parts = {"validation": split.validation, "test": split.test}
+    held_out = {name: part.sample(training.final_users, training.seed) for name, part in parts.items()}
+    if len(held_out["test"]) < len(split.test):
+        job.say(f"metrics: of {len(held_out['test']):,} of {len(split.test):,} users")
     metrics = {
         "model": job.config.model_name,
         "data": job.data.name,

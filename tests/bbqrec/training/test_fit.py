@@ -237,6 +237,19 @@ def test_epochs_and_weights_are_chosen_by_some_users_and_metrics_are_of_all(
     assert f"validated on 7 of {len(users)} users" in capsys.readouterr().err
 
 
+def test_final_metrics_are_of_some_users_where_asked(tiny_data, tiny_config, tmp_path, capsys):
+    config = tiny_config.override({"training.final_users": 7, "training.epochs": 1})
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config)
+    every = run.split.test
+    assert f"metrics: of 7 of {len(every)} users" in capsys.readouterr().err
+    some = every.sample(7, config.training.seed)
+    of_some = {"n_items": tiny_data.n_items, "max_length": run.config.model.max_length}
+    expected = evaluate(run.model, some, train_items=run.split.train_items, **of_some)
+    assert run.metrics["test"] == expected
+    assert run.metrics["most_popular"]["test"]["users"] == run.metrics["validation"]["users"] == 7
+    assert run.evaluate("test")["users"] == len(every)
+
+
 def test_nothing_is_learned_from_held_out_items(tiny_data, tiny_config, tmp_path):
     config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
     histories = tiny_data.histories

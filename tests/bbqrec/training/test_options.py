@@ -57,6 +57,7 @@ ALTERNATIVES = {
     "training.patience": (1, {"training.learning_rate": 0.3, "training.epochs": 12}),
     "training.decay_after": (1, {"training.learning_rate": 0.3, "training.epochs": 12}),
     "training.validation_users": (3, {"training.learning_rate": 0.3, "training.epochs": 12}),
+    "training.final_users": (3, {}),
     "training.batch_tokens": (100, {}),
     "training.learning_rate": (0.1, {}),
     "training.weight_decay": (5, {}),

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))  # of data sets
 RESULTS = FOLDER.parent / "results" / "accuracy"
 
-GRID = {"model.dropout": (0.2, 0.35, 0.5), "training.weight_decay": (0.05, 0.5)}
+GRID = {"model.dropout": (0.2, 0.35, 0.5, 0.65), "training.weight_decay": (0.05, 0.5)}
 POINTS = [
     [f"{key}={value}" for key, value in zip(GRID, point, strict=True)] for point in itertools.product(*GRID.values())
 ]

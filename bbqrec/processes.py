@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+
+PATIENCE = timedelta(hours=4)  # for one that writes a large checkpoint; where one dies, torchrun ends the others
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -46,7 +49,7 @@ def together() -> Iterator[None]:
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:

@@ -43,7 +43,7 @@ import torch
 from torch import distributed
 from bbqrec import Config, fit
 from bbqrec.evaluation.ranking import evaluate
-from bbqrec.processes import rank_and_world, together
+from bbqrec.processes import PATIENCE, rank_and_world, together
 from bbqrec.tokenizer.model import Tokenizer
 
 moved = []
@@ -55,6 +55,7 @@ with together():
     mine = {**run.model.state_dict(), **{f"moved {i}": torch.cat(m) for i, m in enumerate(moved)}}
     mine = {name: value.double().sum().item() for name, value in mine.items()}
     rank, world = rank_and_world()
+    assert distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout == PATIENCE
     everybody = [None] * world
     options = {"n_items": run.data.n_items, "max_length": 12, "batch_users": 16, "train_items": range(20)}
     in_batches = evaluate(run.model, run.split.test, **options)

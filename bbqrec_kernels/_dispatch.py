@@ -28,7 +28,8 @@ def choose(operator: str, impl: str, *tensors: Tensor) -> str:
     Args:
         operator: name of the public function, for messages.
         impl: what the caller asked for, one of `IMPLEMENTATIONS`.
-        tensors: the differentiable arguments; the first decides by its device and dtype, and the others are like it.
+        tensors: the first decides by its device and dtype; the other differentiable ones are like it; of all that are
+            given none may be inside a torch.func transform for a kernel to run.
 
     Raises:
         ValueError: `impl` is not a known name, or names an implementation that cannot run on these inputs.
@@ -54,7 +55,7 @@ def _blockers(tensor: Tensor) -> dict[str, str | None]:
     """
     device = tensor.device.type
     cpu = _library.CPU.blocker if device in ("cpu", "meta") else f"the tensors are on {device}"
-    cuda, triton = _cuda_blocker(device), _triton_blocker(device)
+    cuda, triton = _cuda_blocker(tensor.device), _triton_blocker(device)
     if device == "cuda":
         return {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": None}
     return {"cpu": cpu, "reference": None, "triton": triton, "cuda": cuda}
@@ -67,13 +68,30 @@ def _reason(tensor: Tensor, blockers: dict[str, str | None]) -> str:
     return "; ".join(f"{name}: {blockers[name]}" for name in ("cuda", "triton"))
 
 
-def _cuda_blocker(device: str) -> str | None:
-    return _library.CUDA.blocker or (None if device == "cuda" else f"the tensors are on {device}")
+def _cuda_blocker(device: torch.device) -> str | None:
+    if _library.CUDA.blocker:
+        return _library.CUDA.blocker
+    return _architecture_blocker(device.index) if device.type == "cuda" else f"the tensors are on {device.type}"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _architecture_blocker(index: int | None) -> str | None:
+    if not torch.cuda.is_available():  # traced here, to run elsewhere
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if _library.CUDA.has_code_for(capability):
+        return None
+    major, minor = capability
+    built = _library.CUDA.build["architectures"]
+    return f"the CUDA library was built for architectures {built}, and this GPU has compute capability {major}.{minor}"
 
 
 def _triton_blocker(device: str) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
+    if torch.version.hip:
+        return "the Triton kernels are for NVIDIA GPUs"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensors are on {device}, and Triton's interpreter (TRITON_INTERPRET=1) is off"
     return None if torch.compiler.is_compiling() else _triton_import_error()
@@ -96,7 +114,7 @@ def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:
         return None
     if any(is_functorch_wrapped_tensor(t) for t in tensors):
         return "torch.func transforms (vmap, grad, jvp) run in the reference only"
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return "forward-mode derivatives run in the reference only"
     return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,26 @@ class Library:
     @property
     def loaded(self) -> bool:
         return self.blocker is None
+
+    def has_code_for(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability runs what the build's list of architectures names.
+
+        Code for 80 runs on all that came later, as it includes PTX; 80-real on 8.x; 90a on 9.0 alone.
+        """
+        for entry in self.build.get("architectures", "all").split(";"):
+            name = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", entry.strip())
+            if name is None:  # such as "native" and "all"
+                return True
+            major, minor, kind = int(name[1]), int(name[2]), name[3]
+            if kind == "a":
+                fits = capability == (major, minor)
+            elif kind == "f" or name[4] == "-real":
+                fits = capability[0] == major and capability[1] >= minor
+            else:
+                fits = capability >= (major, minor)
+            if fits:
+                return True
+        return False
 
 
 def _read_build_summary() -> dict[str, dict[str, Any]]:

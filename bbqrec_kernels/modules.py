@@ -422,11 +422,11 @@ def _sample(x: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     if not _is_first_rank():
         rows = x.new_empty(n, x.shape[1])
     else:
-        order = torch.randperm(len(x), generator=generator).to(x.device)
+        order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
         rows = x[order[torch.arange(n, device=x.device) % len(x)]]
         if len(x) < n:
             spread = x.std(0, correction=0) if len(x) > 1 else torch.ones_like(x[0])
-            rows = rows + 1e-3 * spread * torch.randn(n, x.shape[1], generator=generator).to(x)
+            rows = rows + 1e-3 * spread * torch.randn(n, x.shape[1], generator=generator, device="cpu").to(x)
     _copy_from_first_rank(rows)
     return rows
 
@@ -437,7 +437,8 @@ def _draw(weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     Source: Efraimidis and Spirakis 2006, Weighted random sampling with a reservoir.
     """
     weights = torch.where(weights.isfinite(), weights, 0).double()
-    keys = torch.rand(len(weights), generator=generator, dtype=torch.float64).to(weights.device).log() / weights
+    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64, device="cpu").to(weights.device)
+    keys = uniform.log() / weights
     return keys.topk(min(n, int((weights > 0).sum()))).indices
 
 

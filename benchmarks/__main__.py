@@ -52,10 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
             base = stack.enter_context(Base(options.base, device)) if options.base else None
         except ValueError as error:
             parser.error(str(error))
-        for group in options.groups or GROUPS:
+        groups = options.groups or GROUPS
+        for together in [groups] if options.csv else [[group] for group in groups]:  # one file holds all of them
             settings = Options(device, options.seconds, options.quick, directions, base, frozenset(options.skip))
-            path = options.csv or (None if options.quick else RESULTS / f"{group}_{slug(machine.describe(device))}.csv")
-            rows, fine = run(operators([group]), settings, lambda line: print(line, flush=True), path)
+            path = options.csv or (
+                None if options.quick else RESULTS / f"{together[0]}_{slug(machine.describe(device))}.csv"
+            )
+            rows, fine = run(operators(together), settings, lambda line: print(line, flush=True), path)
             passed = passed and fine
             if path and rows:
                 print(f"\nwrote {path}")

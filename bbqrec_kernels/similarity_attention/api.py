@@ -83,7 +83,8 @@ def similarity_attention(
             check_device(name, lengths, "query", query)
     check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    chosen = choose("similarity_attention", impl, query, key, value, *(term.bias for term in terms))
+    lengths = [each for each in (query_lengths, key_lengths) if each is not None]
+    chosen = choose("similarity_attention", impl, query, key, value, *_tensors(terms), *lengths)
     if chosen == "reference":
         with _without_autocast(query.device.type):
             return reference.similarity_attention(
@@ -143,13 +144,13 @@ def similarity_attention_varlen(
     check_dim("cu_seqlens", cu_seqlens, 1, "(B+1,)")
     check_device("cu_seqlens", cu_seqlens, "query", query)
     check_int("max_seqlen", max_seqlen)
-    if isinstance(max_seqlen, int) and not 0 <= max_seqlen < 2**31:
+    if not torch.compiler.is_compiling() and isinstance(max_seqlen, int) and not 0 <= max_seqlen < 2**31:
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected 0 to 2**31 - 1")
     if is_on_cpu_to_look_at(cu_seqlens):
         _check_sequences(cu_seqlens, max_seqlen, query.shape[0])
     check_bool("is_causal", is_causal)
     scale = _scale(scale, query)
-    chosen = choose("similarity_attention_varlen", impl, query, key, value, *(term.bias for term in terms))
+    chosen = choose("similarity_attention_varlen", impl, query, key, value, *_tensors(terms), cu_seqlens)
     if chosen == "reference":
         with _without_autocast(query.device.type):
             return reference.similarity_attention_varlen(
@@ -157,6 +158,10 @@ def similarity_attention_varlen(
             )
     attend = _operators(chosen).similarity_attention_varlen
     return attend(query, key, value, *_flatten(terms, query), cu_seqlens, max_seqlen, is_causal, scale)[0]
+
+
+def _tensors(terms: Sequence[Term]) -> list[Tensor]:
+    return [field for term in terms for field in term if isinstance(field, Tensor)]
 
 
 def _operators(chosen: str) -> ops.Operators:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bbqrec_kernels._checks import (
     FLOATS,
@@ -187,7 +188,8 @@ def pack(codes: Tensor, codebook_size: int) -> PackedCodes:
 
     Raises:
         TypeError: codes are no integer tensor.
-        ValueError: a code is not below `codebook_size` (on CUDA and in compiled code: an assertion).
+        ValueError: a code is not below `codebook_size` (on CUDA and in compiled code: an assertion; torch.func
+            transforms do not look).
     """
     check_tensor("codes", codes)
     check_dtype("codes", codes, INTEGERS)
@@ -200,7 +202,8 @@ def pack(codes: Tensor, codebook_size: int) -> PackedCodes:
     if is_on_cpu_to_look_at(codes):
         if codes.numel() and (largest := int(codes.max())) >= codebook_size:
             raise ValueError(f"codes: got {largest}, expected codes below codebook_size={codebook_size}")
-    else:  # where the number of tokens is data, as in torch.export, it cannot be asked for
+    elif torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(codes):  # vmap has no rule for an assertion
+        # Where the number of tokens is data, as in torch.export, it cannot be asked for.
         torch._assert_async((codes < codebook_size).all(), "codes: expected all codes below codebook_size")
     levels = codes.shape[-1]
     bits = (codebook_size + 1).bit_length()

@@ -42,6 +42,54 @@ def test_the_cuda_library_runs_where_it_is_loaded(monkeypatch: pytest.MonkeyPatc
         _dispatch.choose("op", "cuda", torch.empty(2))
 
 
+@pytest.mark.parametrize(
+    ("architectures", "runs", "fails"),
+    [
+        ("80;90a-real;100a-real", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5), (7, 0)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
+        ("80-real", [(8, 0), (8, 6)], [(7, 5), (9, 0)]),
+        ("100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("75-virtual", [(7, 5), (9, 0)], [(7, 0)]),
+        ("native", [(5, 0)], []),
+    ],
+)
+def test_the_cuda_library_runs_on_what_it_has_code_for(architectures: str, runs: list, fails: list) -> None:
+    library = _library.Library("_C_cuda", None, None, {"architectures": architectures})
+    for capability in runs:
+        assert library.has_code_for(capability), capability
+    for capability in fails:
+        assert not library.has_code_for(capability), capability
+    assert _library.Library("_C_cuda", None, None).has_code_for((7, 0))  # it does not say
+
+
+def test_a_gpu_that_the_cuda_library_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _library.Library("_C_cuda", None, None, {"architectures": "80;90a-real"})
+    monkeypatch.setattr(_library, "CUDA", library)
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    for capability, chosen in (((7, 5), "triton"), ((8, 6), "cuda")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        _dispatch._architecture_blocker.cache_clear()
+        assert _dispatch.choose("op", "auto", tensor) == chosen
+        if chosen == "triton":
+            reason = "built for architectures 80;90a-real, and this GPU has compute capability 7.5; choose another"
+            with pytest.raises(ValueError, match=reason):
+                _dispatch.choose("op", "cuda", tensor)
+    _dispatch._architecture_blocker.cache_clear()
+
+
+def test_triton_runs_on_no_gpu_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, "not built"))
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with FakeTensorMode():
+        tensor = torch.empty(2, device="cuda")
+    with pytest.warns(RuntimeWarning, match="triton: the Triton kernels are for NVIDIA GPUs"):
+        assert _dispatch.choose("op", "auto", tensor) == "reference"
+
+
 def test_a_missing_cuda_library_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "CUDA", _library.Library("_C_cuda", None, "the CUDA library was not built: no nvcc"))
     with FakeTensorMode():

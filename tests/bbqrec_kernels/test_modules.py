@@ -103,6 +103,17 @@ class TestTraining:
         for name, value in layer.state_dict().items():
             assert torch.equal(value, state[name]), name
 
+    def test_random_rows_are_drawn_on_the_cpu_whatever_the_default_device(self) -> None:
+        x, layer = torch.randn(3, 6), quantizer(codebook_size=8)
+        layer.steps_unused.fill_(9)
+        found = []
+        for device in ("cpu", "meta"):
+            draw = torch.Generator().manual_seed(0)
+            with torch.device(device):
+                found.append(residual_kmeans(x, 2, 8, generator=draw))
+                layer.revive(x, window=1, generator=draw)
+        assert torch.equal(*found)
+
     def test_a_bad_row_leaves_the_averages_healthy(self) -> None:
         layer, alone = quantizer(ema_decay=DECAY), quantizer(ema_decay=DECAY)
         rows = torch.randn(5, 6)

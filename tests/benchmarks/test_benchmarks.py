@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine, plots, residual_quantization, runner, timing
+from benchmarks import __main__, machine, plots, residual_quantization, runner, timing
 from benchmarks.base import Base
 from benchmarks.registry import DIRECTIONS, OURS, Unavailable, operators
 from benchmarks.runner import Options, Row
@@ -25,6 +25,21 @@ def benchmarks(*arguments: object, succeeds: bool = True) -> str:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert (done.returncode == 0) == succeeds, done.stdout
     return done.stdout
+
+
+def test_one_file_holds_the_rows_of_all_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(chosen, options, say, path):
+        asked.append(([operator.name for operator in chosen], path))
+        return [], True
+
+    monkeypatch.setattr(__main__, "run", run)
+    assert __main__.main(["--quick", "--csv", str(tmp_path / "both.csv")]) == 0
+    assert asked == [([operator.name for operator in operators(["rq", "attention"])], tmp_path / "both.csv")]
+    asked.clear()
+    __main__.main(["attention", "rq"])
+    assert [path.name.partition("_")[0] for _, path in asked] == ["attention", "rq"]
 
 
 def test_quick_run_times_every_operator_and_writes_a_row_for_each_provider(tmp_path: Path) -> None:

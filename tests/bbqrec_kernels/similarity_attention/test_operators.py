@@ -123,6 +123,20 @@ def test_padded_attention_compiles_for_all_shapes() -> None:
         assert all(map(torch.equal, *gradients))
 
 
+def test_compiled_with_the_longest_sequence_as_data() -> None:
+    inputs = random_packed_inputs([3, 5, 2], kinds=("gap",))
+    query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+
+    def attend(cu_seqlens: torch.Tensor) -> torch.Tensor:
+        longest = int(cu_seqlens.diff().max())
+        return similarity_attention_varlen(query, key, value, inputs.terms(), cu_seqlens=cu_seqlens, max_seqlen=longest)
+
+    cu_seqlens = torch.tensor([0, 3, 8, 10], dtype=torch.int32)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(cu_seqlens), attend(cu_seqlens))
+
+
 def test_torch_func_and_forward_mode_run_in_the_reference() -> None:
     inputs = random_inputs(batch=1, heads=1, rows=3, width=2, kinds=("prefix",))
     query, key = inputs.tensors["query"], inputs.tensors["key"]
@@ -145,6 +159,20 @@ def test_torch_func_and_forward_mode_run_in_the_reference() -> None:
             attend(dual, impl="cpu")
     with pytest.raises(ValueError, match=r"cannot run as 'cpu': torch.func transforms \(vmap, grad, jvp\) run in the"):
         torch.func.jacrev(lambda q: attend(q, impl="cpu"))(query)
+
+
+def test_torch_func_over_what_is_compared_and_over_lengths() -> None:
+    query, bias, codes = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 4), torch.randint(5, (4, 2, 6, 2, 3))
+    lengths = torch.randint(1, 7, (4, 2))
+
+    def attend(codes: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        terms = prefix(codes, bias, codebook_size=5)
+        return similarity_attention(query, query, query, terms, key_lengths=lengths)
+
+    found = torch.vmap(attend)(codes, lengths)
+    torch.testing.assert_close(found, torch.stack([attend(*each) for each in zip(codes, lengths, strict=True)]))
+    found = torch.vmap(lambda lengths: attend(codes[0], lengths))(lengths)
+    torch.testing.assert_close(found, torch.stack([attend(codes[0], each) for each in lengths]))
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -92,6 +92,15 @@ def command(
         except (ValueError, TypeError, OSError, ImportError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            typer.echo(
+                "Error: memory: there is not enough; close other programs, or lower training.batch_tokens, "
+                "model.dim or tokenizer.codebook_size, where one is large",
+                err=True,
+            )
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             where = f" {error}" if str(error) else ""
             then = "resumes" if function.__name__ in RESUMING else "starts anew"
@@ -101,6 +110,12 @@ def command(
             signal.signal(signal.SIGTERM, handler)
 
     return app.command(name, cls=cls)(guarded)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """NumPy's, PyTorch's on a GPU, or PyTorch's on the CPU, which has no type of its own."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_gpu or "can't allocate memory" in str(error)
 
 
 @command(name="import")
@@ -295,12 +310,14 @@ def add_items(
     as_json: AsJson = False,
 ) -> None:
     """Add items that training did not know to a run: `bbqrec recommend` then recommends them, and reads them."""
-    from bbqrec import BBQRec
+    from bbqrec import BBQRec, Run
+    from bbqrec.data.files import held
     from bbqrec.serving.files import add_items_of
 
-    model = BBQRec.load(run)
-    names = add_items_of(model, items)
-    model.save_new_items()
+    with held(Run(run).folder, "run"):  # of items that two calls add at once, those of one would be lost
+        model = BBQRec.load(run)
+        names = add_items_of(model, items)
+        model.save_new_items()
     rows = [{"item": name, "title": model.title(name), "semantic_id": model.semantic_id(name)} for name in names]
     if as_json:
         _print_json({"run": str(run), "new_items": len(model.item_ids) - model.n_trained, "items": rows})
@@ -624,6 +641,9 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
     from bbqrec.evaluation.ranking import METRICS
 
+    if not rows:
+        typer.echo(f"{title}: none\n")
+        return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
         numeric = name in ("rank", "score", "users", "items", "interactions", "level", "perplexity", *METRICS)

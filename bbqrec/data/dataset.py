@@ -212,7 +212,7 @@ class Dataset:
     def save(self, folder: str | Path) -> None:
         """Writes the native format (see `bbqrec.data.formats.native`).
 
-        Raises `ValueError` if `folder` is not empty, or an item ID has a newline in it.
+        Raises `ValueError` if `folder` is not empty, an item ID has a newline in it, or a text column is called "item".
         """
         from bbqrec.data.formats import native  # the readers need this module
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from bbqrec.data.dataset import check_finite, joined
-from bbqrec.data.files import BROKEN_NPZ, Sink, atomically, one_line, read_npz_array, write_text
+from bbqrec.data.files import BROKEN_NPZ, Sink, atomically, held, one_line, read_npz_array, write_text
 from bbqrec.data.formats import native
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -111,7 +111,8 @@ def embed(
 
     Raises:
         ImportError: a package of the extra `[embed]` is missing.
-        ValueError: there is nothing to embed, a model cannot be loaded, or features are there that were made otherwise.
+        ValueError: there is nothing to embed, a model cannot be loaded, features are there that were made otherwise, or
+            another call works on the folder.
     """
     if text is None and image is None:
         raise ValueError("embed: got no model; give a text model, an image model, or both")
@@ -128,7 +129,10 @@ def embed(
         jobs.append(_of_texts(text, path, item_ids, texts))
     if image is not None:
         jobs.append(_of_images(image, folder, None if images is None else Path(images), item_ids))
-    return {job.modality: _make(job, folder / "features", progress) for job in jobs}
+    features = folder / "features"
+    features.mkdir(exist_ok=True)
+    with held(features, "data"):
+        return {job.modality: _make(job, features, progress) for job in jobs}
 
 
 def _of_texts(model: str, path: Path, item_ids: list[str], texts: dict[str, list[str]]) -> _Job:

@@ -102,8 +102,10 @@ def require_writable(folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, argument: str = "out") -> Iterator[None]:
     """Holds a folder, which can be written: raises `ValueError` where another call does, in this process or another.
+
+    `argument` is the name of what a caller gave.
 
     It ends with the process, and those that it forked, whatever ends them. On systems and disks without locks nothing
     is held.
@@ -112,7 +114,8 @@ def held(folder: Path) -> Iterator[None]:
     with _closed_folder_named(folder, LOCK):
         file = _locked(path)
     if file is None:
-        raise ValueError(f"out: another process is working on {folder}; wait until it ends, or choose another folder")
+        wait = "wait until it ends, or choose another folder"
+        raise ValueError(f"{argument}: another process is working on {folder}; {wait}")
     with file:
         try:
             yield

@@ -157,6 +157,10 @@ class SequenceModel(nn.Module):
         vectors = self.item_vectors()
         return catalogue_cross_entropy(*self.compared(self(batch, vectors), vectors), batch.targets, self.shards)
 
+    def transitions(self, batch: PackedBatch) -> int:
+        """How many targets `loss` is a mean over."""
+        return len(batch.items)
+
     @property
     def loss_is_of_all(self) -> bool:
         """Whether `loss` is one for all processes, and equal in them."""

@@ -68,6 +68,10 @@ class Tiger(nn.Module):
         """Mean negative log-likelihood of the items after each history: the targets at the last positions."""
         return -self.log_likelihood(batch, batch.targets[batch.last]).mean()
 
+    def transitions(self, batch: PackedBatch) -> int:
+        """How many targets `loss` is a mean over."""
+        return len(batch.last)
+
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities `(B, n_items)` of the items found after each history, -inf for all others."""

@@ -195,7 +195,9 @@ def _two_dimensions(vectors: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE  # takes a second to import
 
     with threadpool_limits(1):  # sums of several threads have no fixed order
-        centred = (vectors - vectors.mean(0)).astype(np.float64)
+        centred = vectors.astype(np.float64)
+        centred -= centred.mean(0)
+        centred[np.abs(centred) <= np.finfo(np.float32).eps * np.abs(vectors).max(initial=0)] = 0  # rounding errors
         _, _, axes = np.linalg.svd(centred, full_matrices=False)
         axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
         places = np.zeros((len(vectors), 2))

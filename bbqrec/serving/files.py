@@ -36,6 +36,7 @@ def read_requests(lines: Iterable[str], name: str) -> Iterator[Request]:
     Raises `ValueError` naming the line that is something else, or the file that is not in UTF-8.
     """
     for number, line in enumerate(_decoded(lines, name), 1):
+        line = line.removeprefix("\ufeff")  # a byte order mark
         if not line.strip():
             continue
         try:

@@ -20,7 +20,8 @@ from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 from bbqrec.training.run import Run, damage_named, versions
 
 NEW_ITEMS = "new_items.parquet"
-BATCH_HISTORIES = 256  # bounds the memory of the scores, BATCH_HISTORIES x n_items
+BATCH_HISTORIES = 256  # that are scored at once, at most
+BATCH_SCORES = 2**24  # of all of them: bounds the memory
 
 
 class BBQRec:
@@ -130,11 +131,17 @@ class BBQRec:
     def save_new_items(self) -> None:
         """Writes all new items to `new_items.parquet` in the run folder, where `BBQRec.load` finds them.
 
-        Raises `ValueError` where there are none.
+        Raises `ValueError` where there are none, and where the file has items that this object does not.
         """
         if len(self.item_ids) == self.n_trained:
             raise ValueError("save_new_items: there are no new items; `add_items` adds some")
-        new = slice(self.n_trained, None)
+        new, path = slice(self.n_trained, None), self._run.folder / NEW_ITEMS
+        for item in _read_new_items(path, ())[0] if path.is_file() else ():
+            if item not in self._index:
+                raise ValueError(
+                    f"save_new_items: {path} has {item!r}, which was not there when this run was loaded; load it "
+                    "again, and add items to that"
+                )
         columns = {"item": self.item_ids[new], "title": self.titles[new]}
         if self.semantic_ids is not None:
             for m, name in enumerate(self.semantic_ids.modalities):
@@ -142,7 +149,7 @@ class BBQRec:
         if self.model.features is not None:
             columns["features"] = self.model.features[new].tolist()
         schema = {"item": pl.String, "title": pl.String}
-        atomically(self._run.folder / NEW_ITEMS, pl.DataFrame(columns, schema_overrides=schema).write_parquet)
+        atomically(path, pl.DataFrame(columns, schema_overrides=schema).write_parquet)
 
     def _item_encoder(self) -> ItemEncoder:
         """Raises `ValueError` for a model that cannot tell new items from their content."""
@@ -215,8 +222,9 @@ class BBQRec:
                     f"({total} {what}, {removed} of them left out as history)"
                 )
         recommended = []
-        for start in range(0, len(indices), BATCH_HISTORIES):
-            chosen = slice(start, start + BATCH_HISTORIES)
+        at_once = max(1, min(BATCH_HISTORIES, BATCH_SCORES // len(self.item_ids)))
+        for start in range(0, len(indices), at_once):
+            chosen = slice(start, start + at_once)
             times = None if timestamps is None else timestamps[chosen]
             recommended += self._recommend(indices[chosen], times, k, keep_history, is_candidate)
         for n, found in enumerate(recommended):

@@ -23,13 +23,10 @@ from bbqrec.config import TokenizerConfig
 from bbqrec.data.dataset import Features, check_finite
 from bbqrec.data.files import atomically, read_parquet
 from bbqrec.data.text import WordVectors
-from bbqrec.tokenizer.model import Standardization, encoder, standardize
+from bbqrec.tokenizer.model import ROWS_AT_ONCE, Standardization, encoder, standardize
 from bbqrec_kernels import residual_quantize
 
 FEATURES, WORDS, TOKENIZER = "features.parquet", "words.parquet", "tokenizer.safetensors"
-
-
-PCA_ROWS = 65_536  # of features that are summed up at once, in float64
 
 
 def save_preparation(folder: Path, features: dict[str, Features], directions: Tensor | None) -> None:
@@ -96,7 +93,7 @@ def principal_directions(features: Mapping[str, Features], width: int | None) ->
     """
     if width is None or sum(feature.values.shape[1] for feature in features.values()) <= width:
         return None
-    products = sum(rows.double().T @ rows.double() for rows in catalogue_features(features).split(PCA_ROWS))
+    products = sum(rows.double().T @ rows.double() for rows in catalogue_features(features).split(ROWS_AT_ONCE))
     return torch.linalg.eigh(products).eigenvectors[:, -width:].flip(1).float()
 
 

@@ -6,6 +6,7 @@ Notation of the paper: for item `i` and modality `m`, features `x`, behaviour-al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -25,6 +26,7 @@ from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec_kernels import ResidualQuantizer, residual_quantize
 
 BEHAVIOUR = -1  # its index among the sources of codes: after the modalities
+ROWS_AT_ONCE = 65_536  # of features, in float64
 REVIVAL_ITEMS = 4096  # whose vectors codewords without use may move to
 
 
@@ -241,20 +243,32 @@ class Standardization:
     @classmethod
     def of(cls, feature: Features) -> Standardization:
         """Of the items that have the modality."""
-        values = feature.values[feature.present].astype(np.float64)  # squares fit no float32
-        mean = values.mean(0)
-        centred = values - mean
-        constant = np.abs(centred).max(0) <= np.finfo(np.float32).eps * np.abs(values).max(0)
-        centred[:, constant] = 0
-        return cls(mean, constant, float(np.sqrt(np.square(centred).mean())) or 1.0)
+        blocks = _blocks(feature.present)
+
+        def rows() -> Iterator[np.ndarray]:
+            return (feature.values[block].astype(np.float64) for block in blocks)  # squares fit no float32
+
+        mean = sum(block.sum(0) for block in rows()) / feature.present.sum()
+        largest = np.max([np.abs(block).max(0) for block in rows()], axis=0)
+        furthest = np.max([np.abs(block - mean).max(0) for block in rows()], axis=0)
+        constant = furthest <= np.finfo(np.float32).eps * largest
+        squares = sum(np.square(block - mean)[:, ~constant].sum() for block in rows())
+        return cls(mean, constant, float(np.sqrt(squares / (feature.present.sum() * len(mean)))) or 1.0)
 
     def apply(self, values: np.ndarray, present: np.ndarray) -> Tensor:
         """`(N, F)` to float32 of that shape; rows that are not `present` `(N,)` are zero."""
-        centred = values[present].astype(np.float64) - self.mean
-        centred[:, self.constant] = 0
         standardized = np.zeros(values.shape, np.float32)
-        standardized[present] = centred / self.scale
+        for block in _blocks(present):
+            centred = values[block].astype(np.float64) - self.mean
+            centred[:, self.constant] = 0
+            standardized[block] = centred / self.scale
         return torch.from_numpy(standardized)
+
+
+def _blocks(present: np.ndarray) -> list[np.ndarray]:
+    """The rows that are present, some at a time: a catalogue in float64 would take several times its own memory."""
+    rows = np.flatnonzero(present)
+    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
 
 
 def standardize(feature: Features) -> tuple[Tensor, Tensor]:

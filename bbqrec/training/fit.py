@@ -282,10 +282,18 @@ def _claim(folder: Path, data: Dataset, config: Config, holding: ExitStack) -> N
         )
     theirs, ours = flat_options(run.config), flat_options(config)
     changed = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
-    if changed:
+    if changed and _has_trained(folder):
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
+    if changed:  # as where the former ones took too much memory
+        (folder / FEATURES).unlink(missing_ok=True)
+        config.save(folder / "config.yaml")
     if not run.finished:
         remove_temporaries(folder)
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether there is anything that other options would have made otherwise, beside what `_prepare` makes anew."""
+    return (folder / TOKENIZER).is_file() or any((folder / "checkpoints").glob("*/*.ckpt"))
 
 
 def _make_semantic_ids(job: _Job) -> SemanticIDs:

@@ -47,9 +47,10 @@ class EpochSeeded(L.LightningModule):
         rank, _ = rank_and_world()  # each process drops out, and fills up, on its own
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch + rank * 998_244_353)
 
-    def log_epoch(self, values: dict[str, Tensor], batch: PackedBatch, **options) -> None:
+    def log_epoch(self, values: dict[str, Tensor], weight: int, **options) -> None:
+        """Logs means over an epoch, in which a step counts by its `weight`."""
         options |= {"on_step": False, "on_epoch": True, "sync_dist": rank_and_world()[1] > 1}
-        self.log_dict(values, batch_size=len(batch.items), **options)
+        self.log_dict(values, batch_size=weight, **options)
 
     def check_loss(self, loss: Tensor, batch: PackedBatch) -> None:
         """Raises `ValueError` if the loss is not finite: before the optimizer spoils the weights with it."""
@@ -114,8 +115,8 @@ class TokenizerModule(EpochSeeded):
         self.manual_backward(total)
         optimizer.step()
         self._revive_codewords()
-        self.log_epoch({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch)
-        self.log_epoch({"train/loss": total.detach()}, batch, prog_bar=True)
+        self.log_epoch({f"train/{name}": loss.detach() for name, loss in losses.items()}, len(batch.items))
+        self.log_epoch({"train/loss": total.detach()}, len(batch.items), prog_bar=True)
 
     def _revive_codewords(self) -> None:
         """Every `revive_after` steps, so that what moved is trained before codes are taken."""
@@ -188,7 +189,7 @@ class SequenceModule(EpochSeeded):
     def training_step(self, batch: PackedBatch, _: int) -> Tensor:
         loss = self.model.loss(batch)
         self.check_loss(loss, batch)
-        self.log_epoch({"train/loss": loss.detach()}, batch, prog_bar=True)
+        self.log_epoch({"train/loss": loss.detach()}, self.model.transitions(batch), prog_bar=True)
         return loss * self._share(batch)
 
     def _share(self, batch: PackedBatch) -> Tensor | float:
@@ -201,7 +202,7 @@ class SequenceModule(EpochSeeded):
             return 1.0
         if self.shards is not None and self.model.loss_is_of_all:
             return float(world)
-        count = torch.tensor(float(len(batch.items)), device=self.device)
+        count = torch.tensor(float(self.model.transitions(batch)), device=self.device)
         return count * world / summed(count)
 
     def on_train_epoch_end(self) -> None:

@@ -73,7 +73,7 @@ def save_codebook_usage(path: Path, semantic_ids: SemanticIDs) -> None:
         for m, name in enumerate(semantic_ids.modalities):
             codes = semantic_ids.codes[:, m, level].numpy()
             counts = np.bincount(codes[codes >= 0], minlength=semantic_ids.codebook_size)
-            axes.plot(np.sort(counts)[::-1], label=name, drawstyle="steps-mid")
+            axes.plot(np.sort(counts)[::-1], label=name.replace("$", r"\$"), drawstyle="steps-mid")
         axes.set_title(
             f"level {level}: {figures['usage'][level]:.0%} used, perplexity {figures['perplexity'][level]:.0f}"
         )

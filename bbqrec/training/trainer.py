@@ -83,7 +83,7 @@ def train(
     tensorboard = TensorBoardLogger(stage.folder / "logs", name=stage.name, version=f"version_{csv.version}")
     with _silent_lightning(), storage_faults_named(stage.folder, "logs and checkpoints"):
         trainer = L.Trainer(
-            accelerator="auto",
+            accelerator="cuda" if torch.cuda.is_available() else "cpu",  # Apple's MPS has no float64, nor our kernels
             **_processes(module),
             max_epochs=stage.epochs,
             callbacks=callbacks,

@@ -3,7 +3,8 @@
     interactions.parquet|csv         columns `user`, `item` and, optionally, `timestamp`: a number, or a date, which
                                      becomes seconds since 1970. Fractions count for the order, and are not kept.
                                      Without times, and for equal ones, rows are oldest first.
-    items.parquet|csv                optional: `item`, and any text columns; `title` is what people see. It fixes the
+    items.parquet|csv                optional: `item`, and any text columns; `title` is what people see. Lists of
+                                     texts are joined by commas. It fixes the
                                      catalogue and its order, items without interaction included. Without it the items
                                      are those of the interactions, in order of appearance.
     features/<modality>.npy          `(rows, width)` numbers, with
@@ -70,8 +71,17 @@ def read_items(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     table = _read_table(path, ("item",))
     item_ids = table["item"].to_list()
     check_unique(item_ids, str(path))
-    columns = [c for c in table.columns if c != "item" and table[c].dtype == pl.String]
-    return item_ids, {c: table[c].fill_null("").to_list() for c in columns}
+    texts = {c: _texts(table[c]) for c in table.columns if c != "item"}
+    return item_ids, {c: column.fill_null("").to_list() for c, column in texts.items() if column is not None}
+
+
+def _texts(column: pl.Series) -> pl.Series | None:
+    """A column of strings, of categories, or of lists of either, as strings; None for one of another kind."""
+    if isinstance(column.dtype, (pl.Categorical, pl.Enum)):
+        return column.cast(pl.String)
+    if isinstance(column.dtype, pl.List) and isinstance(column.dtype.inner, (pl.String, pl.Categorical, pl.Enum)):
+        return column.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+    return column if column.dtype == pl.String else None
 
 
 def check_lines(item_ids: list[str]) -> None:
@@ -89,6 +99,8 @@ def read_features(folder: Path, item_ids: list[str]) -> dict[str, Features]:
 def write(data: Dataset, folder: Path) -> None:
     """Writes `data` so that `read` gives it back, wholly or not at all. Raises `ValueError` as `Dataset.save` says."""
     check_lines(data.item_ids)
+    if "item" in data.texts:
+        raise ValueError("texts: got a column 'item', which is where the names of items are written; rename it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, expected a folder; give a new name")
     if folder.exists() and any(folder.iterdir()):
@@ -117,8 +129,10 @@ def _write_files(data: Dataset, folder: Path) -> None:
 
 
 def _table(folder: Path, name: str) -> Path | None:
-    paths = [folder / f"{name}.{kind}" for kind in ("parquet", "csv")]
-    return next((path for path in paths if path.is_file()), None)
+    paths = [path for kind in ("parquet", "csv") if (path := folder / f"{name}.{kind}").is_file()]
+    if len(paths) > 1:
+        raise ValueError(f"data: {folder} holds {paths[0].name} and {paths[1].name}; keep one of them")
+    return paths[0] if paths else None
 
 
 def _read_table(path: Path, required: tuple[str, ...]) -> Table:

@@ -5,8 +5,9 @@
     <name>.text          optional: header, then item ID, tab, "title. categories. brand."
     <name>.feat1CLS, <name>.feat3CLS    optional: features of text and image, raw little-endian float32, a row an item
 
-The history of the test file plus its test item is the whole of what a user did: `.train.inter` and `.valid.inter` hold
-prefixes of it and are not read.
+The history of the test file plus its test item is what a user did: `.train.inter` and `.valid.inter` hold prefixes of
+it and are not read. Who made the folder may have cut histories, as UniSRec does at the latest 50 items: what was before
+is neither trained on nor left out of the candidates.
 """
 
 from __future__ import annotations

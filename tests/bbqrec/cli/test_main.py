@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bbqrec import BBQRec
-from bbqrec.cli.main import _print_metrics, _print_recommendations, app
+from bbqrec.cli.main import _print_metrics, _print_recommendations, _print_table, app
 from bbqrec.config import flat_options
 from bbqrec.evaluation.ranking import METRICS
 from bbqrec.report import collect
@@ -466,7 +467,7 @@ def test_many_histories_from_a_file(bbqrec_run, requests, tmp_path, monkeypatch)
     assert table["item"].to_list() == [item for best in expected for item, _ in best]
     assert table["rank"].to_list() == [1, 2, 3] * 300
     lines = CliRunner().invoke(
-        app, ["recommend", str(bbqrec_run.folder), "--requests", "-", "-k", "3"], input=path.read_text()
+        app, ["recommend", str(bbqrec_run.folder), "--requests", "-", "-k", "3"], input="\ufeff" + path.read_text()
     )
     assert [json.loads(line)["user"] for line in lines.stdout.splitlines()] == [row["user"] for row in rows]
 
@@ -542,6 +543,31 @@ def test_exit_codes_are_those_of_the_help(command, tmp_path, monkeypatch):
     assert failed.exit_code == 1, failed.exception
     assert failed.stderr.startswith("Error: ")
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[..] can't allocate memory: you ..")],
+)
+def test_too_little_memory_is_one_sentence(error, tiny_data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("bbqrec.training.fit._make_semantic_ids", fail)
+    failed = call("fit", "--data", tiny_data.path, "--out", tmp_path / "run")
+    assert failed.exit_code == 1
+    assert failed.stderr.splitlines()[-1].startswith("Error: memory: there is not enough")
+    monkeypatch.setattr("bbqrec.training.fit._make_semantic_ids", lambda job: fail_otherwise())
+    assert isinstance(call("fit", "--data", tiny_data.path, "--out", tmp_path / "other").exception, RuntimeError)
+
+
+def fail_otherwise():
+    raise RuntimeError("a mistake of ours")
+
+
+def test_a_table_without_rows_says_so(capsys):
+    _print_table("Recommended", [])
+    assert capsys.readouterr().out == "Recommended: none\n\n"
 
 
 def test_wrong_usage_is_exit_code_2():

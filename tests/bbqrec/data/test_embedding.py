@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from bbqrec.cli.main import app
 from bbqrec.data import Dataset, embedding
 from bbqrec.data.embedding import embed
+from bbqrec.data.files import held
 
 TEXT = "sentence-transformers:"
 WORDS = ("red", "blue", "green", "lamp", "mug", "bowl", "tiny", "shiny", "of", "clay", "a", "desk")
@@ -304,6 +305,16 @@ def test_what_is_done_is_not_done_again(shop, use):
     again = use(Fake())
     assert embed(shop, text=TEXT + "fake") == first
     assert again.asked == []
+
+
+def test_two_calls_do_not_make_features_in_one_folder(shop, use):
+    fake = use(Fake())
+    (shop / "features").mkdir()
+    with held(shop / "features"), pytest.raises(ValueError, match=r"data: another process is working on .*features"):
+        embed(shop, text=TEXT + "fake")
+    assert fake.asked == []
+    embed(shop, text=TEXT + "fake")
+    assert not any(path.name.startswith(".") for path in (shop / "features").iterdir())
 
 
 def test_features_of_another_model_or_of_other_texts_are_not_mixed(shop, use):

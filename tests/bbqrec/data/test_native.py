@@ -23,6 +23,20 @@ def test_reads_files_as_people_write_them(folder):
     assert data.features["image"].present.tolist() == [True, False, True]
 
 
+def test_texts_of_other_kinds_in_parquet(folder):
+    (folder / "items.csv").unlink()
+    columns = {
+        "item": ["a", "b", "c"],
+        "brand": pl.Series(["x", None, "y"], dtype=pl.Categorical),
+        "kind": pl.Series(["x", "y", "x"], dtype=pl.Enum(["x", "y"])),
+        "genres": [["red", "blue"], [], ["green", None]],
+        "price": [1.0, 2.0, 3.0],
+    }
+    pl.DataFrame(columns).write_parquet(folder / "items.parquet")
+    texts = Dataset.load(folder).texts
+    assert texts == {"brand": ["x", "", "y"], "kind": ["x", "y", "x"], "genres": ["red, blue", "", "green"]}
+
+
 def test_without_items_and_times(folder):
     (folder / "items.csv").unlink()
     (folder / "interactions.csv").write_text("item,user,rating\nb,u,1\n007,v,2\na,u,3\n")
@@ -140,6 +154,13 @@ def test_round_trip_of_ids_with_odd_characters(tmp_path, tiny):
     assert loaded.fingerprint() == odd.fingerprint()
 
 
+def test_a_text_column_in_the_place_of_the_ids_is_not_saved(tmp_path, tiny):
+    data = replace(tiny, texts={"item": ["x"] * tiny.n_items})
+    with pytest.raises(ValueError, match="texts: got a column 'item'"):
+        data.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r"])
 def test_item_ids_with_newlines_are_not_saved(tmp_path, tiny, newline):
     bad = replace(tiny, item_ids=["mug", f"bo{newline}wl", "lamp", "bench"])
@@ -193,7 +214,10 @@ def save(array):
             r"csv: row 3 .* has timestamp '7'",
         ),
         (write("interactions.csv", "user,item,timestamp\nu,a,1\nu,b,\n"), r"csv: row 2 .* has timestamp None"),
-        (write("interactions.parquet", "no parquet"), r"interactions\.parquet: cannot be read"),
+        (
+            lambda folder: (folder / "interactions.csv").rename(folder / "interactions.parquet"),
+            r"interactions\.parquet: cannot be read",
+        ),
         (write("items.csv", "item\na\nb\nc\nb\n"), r"items\.csv: 'b' appears twice, in rows 2 and 4"),
         (write("items.csv", ""), r"items\.csv: cannot be read"),
         (
@@ -215,6 +239,7 @@ def save(array):
         ),
         (write("features/image.items.txt", ""), r"image\.npy: got 2 rows, expected 0"),
         (write("interactions.csv", "user,item,timestamp\nu,a,1.5\nu,b,nan\n"), r"csv: row 2 .* has timestamp 'nan'"),
+        (write("items.parquet", "x"), r"holds items\.parquet and items\.csv; keep one of them"),
         (lambda folder: (folder / "features/image.items.txt").unlink(), r"image\.npy: image\.items\.txt is missing"),
         (save(np.array([[1, 2], [3, np.nan]])), r"image\.npy: row 2 .* NaN"),
         (save(np.ones(2)), r"image\.npy: got float64 of shape \(2,\)"),
@@ -326,6 +351,7 @@ def test_broken_parquet_on_which_polars_panics_is_refused(folder, monkeypatch):
     def panic(*arguments, **options):
         raise pl.exceptions.PanicException("range end index 9\nout of range")
 
+    (folder / "interactions.csv").unlink()
     (folder / "interactions.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(pl, "read_parquet", panic)
     with pytest.raises(ValueError, match=r"interactions\.parquet: cannot be read \(range end index 9 out of range\)"):

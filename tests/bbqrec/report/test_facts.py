@@ -277,6 +277,12 @@ def test_a_map_of_few_or_equal_items(shape, alike):
     assert np.abs(places).max() == (0 if alike or len(places) == 1 else 1)
 
 
+def test_items_that_differ_by_rounding_errors_are_in_one_place():
+    vectors = np.tile(np.random.default_rng(0).normal(size=16).astype(np.float32), (40, 1))  # their mean is another
+    vectors[7] = np.nextafter(vectors[7], np.float32(9))
+    assert not facts._two_dimensions(vectors).any()
+
+
 def test_neighbours_on_the_map_are_neighbours_in_truth():
     rng = np.random.default_rng(0)
     group = rng.integers(12, size=300)

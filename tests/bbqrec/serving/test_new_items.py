@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bbqrec import BBQRec, Dataset, fit
 from bbqrec.cli.main import app
+from bbqrec.data.files import held
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,10 @@ def test_what_is_saved_is_there_again(bbqrec_run, histories, copy_of, tmp_path):
     again.save_new_items()
     assert BBQRec.load(run).item_ids[60:] == ["a", "b", "c"]
     assert BBQRec.load(run, new_items=False).item_ids == bbqrec_run.items["item"].to_list()
+    model.add_items(["d"], features=copy_of(4))
+    with pytest.raises(ValueError, match=r"new_items\.parquet has 'c', which was not there when this run was loaded"):
+        model.save_new_items()
+    assert BBQRec.load(run).item_ids[60:] == ["a", "b", "c"]
     (run / "new_items.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"new_items\.parquet: is damaged"):
         BBQRec.load(run)
@@ -272,6 +277,10 @@ def test_by_command(bbqrec_run, tiny_data, copy_of, tmp_path):
     item = tiny_data.item_ids[4]
     found = json.loads(call("recommend", run, "a", item, "-k", 60, "--json").stdout)["items"]
     assert "b" in [row["item"] for row in found]
+    with held(run):
+        meanwhile = call("add-items", run, folder)
+    assert meanwhile.exit_code == 1
+    assert meanwhile.stderr.startswith(f"Error: run: another process is working on {run}; wait")
     again = call("add-items", run, folder)
     assert again.exit_code == 1
     assert "'a' is in the catalogue already" in again.stderr

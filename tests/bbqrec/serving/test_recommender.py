@@ -89,9 +89,16 @@ def test_tables_at_zero_change_no_recommendation_of_a_trained_sasrec(sasrec_run,
 
 def test_many_histories_are_served_in_batches(histories, model, monkeypatch):
     together = model.recommend(histories, 5)
-    monkeypatch.setattr("bbqrec.serving.recommender.BATCH_HISTORIES", 2)
-    split = model.recommend(histories, 5)
-    assert [[item for item, _ in row] for row in split] == [[item for item, _ in row] for row in together]
+    score, asked = model.model.score, []
+    monkeypatch.setattr(model.model, "score", lambda batch, *rest: asked.append(len(batch.last)) or score(batch, *rest))
+    for limits in ({"BATCH_HISTORIES": 2}, {"BATCH_SCORES": 2 * len(model.item_ids) + 1}, {"BATCH_SCORES": 1}):
+        with monkeypatch.context() as patched:
+            for name, value in limits.items():
+                patched.setattr(f"bbqrec.serving.recommender.{name}", value)
+            split = model.recommend(histories, 5)
+        assert [[item for item, _ in row] for row in split] == [[item for item, _ in row] for row in together]
+        assert max(asked) == (1 if limits == {"BATCH_SCORES": 1} else 2)
+        asked.clear()
     assert model.recommend([]) == []
 
 

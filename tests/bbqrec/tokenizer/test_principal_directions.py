@@ -23,7 +23,7 @@ def features():
 
 @pytest.mark.parametrize("rows_at_once", [7, 1000])
 def test_they_are_orthonormal_and_keep_the_most(features, rows_at_once, monkeypatch):
-    monkeypatch.setattr(item_encoder, "PCA_ROWS", rows_at_once)
+    monkeypatch.setattr(item_encoder, "ROWS_AT_ONCE", rows_at_once)
     directions = principal_directions(features, 5)
     assert directions.dtype == torch.float32
     torch.testing.assert_close(directions.T @ directions, torch.eye(5), rtol=0, atol=1e-6)

@@ -291,3 +291,12 @@ def test_divergence_is_not_taken_for_missing_modalities():
         ValueError, match=r"vectors of modality 'image' are not finite, .* lower tokenizer\.learning_rate"
     ):
         model.semantic_ids()
+
+
+def test_standardized_block_by_block(monkeypatch):
+    feature = features(absent=[3, 9])["image"]
+    feature.values[:, 1] = 7
+    whole, _ = standardize(feature)
+    monkeypatch.setattr("bbqrec.tokenizer.model.ROWS_AT_ONCE", 4)
+    torch.testing.assert_close(standardize(feature)[0], whole, rtol=1e-6, atol=0)
+    assert (whole[:, 1] == 0).all()

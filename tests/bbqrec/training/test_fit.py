@@ -686,6 +686,29 @@ def test_the_folder_of_another_data_set_is_refused(bbqrec_run, tiny_config):
         fit(make_demo_dataset(n_users=100, n_items=50, seed=3), bbqrec_run.folder, config=tiny_config)
 
 
+def test_other_options_are_taken_while_nothing_is_trained(tiny_data, tiny_config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    small = tiny_config.override({"training.epochs": 1, "tokenizer.epochs": 1, "model.feature_width": 7})
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "_make_semantic_ids", fail)
+        with pytest.raises(MemoryError):
+            fit(tiny_data, tmp_path / "run", config=small.override({"model.feature_width": 5}), progress=False)
+    run = fit(tiny_data, tmp_path / "run", config=small, progress=False)
+    assert run.config == small
+    assert run.model.features.shape[1] == 7
+    with pytest.raises(ValueError, match="other options"):
+        fit(tiny_data, tmp_path / "run", config=tiny_config)
+
+
+def test_training_takes_no_device_but_cuda_and_the_cpu(tiny_data, tiny_config, tmp_path, monkeypatch):
+    for package in ("fabric", "pytorch"):
+        monkeypatch.setattr(f"lightning.{package}.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    run = fit(tiny_data, tmp_path / "run", model="sasrec", config=tiny_config.override({"training.epochs": 1}))
+    assert run.finished
+
+
 def test_other_options_are_refused_and_named(bbqrec_run, tiny_data, tiny_config):
     with pytest.raises(ValueError, match=r"other options, model\.layers=2 \(now 1\), training\.seed=0 \(now 5\);"):
         fit(tiny_data, bbqrec_run.folder, config=tiny_config.override(["training.seed=5", "model.layers=1"]))

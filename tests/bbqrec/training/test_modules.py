@@ -1,13 +1,20 @@
 """What Lightning trains: items of a step, optimizers, order of the epochs."""
 
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
 
-from bbqrec import fit
-from bbqrec.data.batches import TrainingBatches
+from bbqrec import Config, fit
+from bbqrec.data.batches import PrefixBatches, TrainingBatches, pack_histories
+from bbqrec.data.dataset import Histories
+from bbqrec.data.splits import leave_one_out
+from bbqrec.models.build import build_model
 from bbqrec.tokenizer import Tokenizer
-from bbqrec.training.modules import TokenizerModule
+from bbqrec.tokenizer.semantic_ids import SemanticIDs
+from bbqrec.training import modules
+from bbqrec.training.modules import SequenceModule, TokenizerModule
 
 
 @pytest.fixture
@@ -75,6 +82,30 @@ def test_training_moves_the_estimators_of_club(module):
     trainer.fit(module)
     for name, p in estimators.items():
         assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize(("name", "batches_of_model"), [("sasrec", TrainingBatches), ("tiger", PrefixBatches)])
+def test_processes_count_by_what_their_losses_are_means_over(name, batches_of_model, tiny_data, monkeypatch):
+    config = Config().override({"model_name": name, "model.dim": 16, "model.max_length": 12, "model.dropout": 0.0})
+    torch.manual_seed(0)
+    codes = torch.randint(0, 8, (tiny_data.n_items, 1, 3))
+    ids = SemanticIDs(("text",), codes, torch.randn(1, 3, 8, 16)) if name == "tiger" else None
+    model = build_model(config, tiny_data.n_items, ids).double().train()
+    split = leave_one_out(tiny_data)
+    batches = sorted(
+        batches_of_model(split.train, 12, 64, seed=0), key=lambda batch: len(batch.items) / len(batch.last)
+    )
+    parts = batches[0], batches[-1]  # short histories and long ones
+    sequences = [part.tolist() for batch in parts for part in batch.items.split(batch.cu_seqlens.diff().tolist())]
+    together = pack_histories(Histories.from_lists(sequences), 12)
+    together = replace(together, targets=torch.cat([batch.targets for batch in parts]))
+    loss = model.loss(together)
+    monkeypatch.setattr(modules, "rank_and_world", lambda: (0, 2))
+    total = torch.tensor(float(sum(model.transitions(batch) for batch in parts)))
+    monkeypatch.setattr(modules, "summed", lambda count: total)
+    module = SequenceModule(model, config, batches, tiny_data.user_ids, split.validation, tiny_data.n_items)
+    shares = [module._share(batch) * model.loss(batch) for batch in parts]
+    torch.testing.assert_close(sum(shares) / 2, loss)  # DDP takes the mean over processes
 
 
 def test_every_epoch_has_its_own_order(tiny_data, tiny_config, tmp_path, monkeypatch):

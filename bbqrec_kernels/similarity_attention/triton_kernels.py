@@ -370,7 +370,7 @@ def _at(pointer, strides, batch, head, token, PACKED: tl.constexpr):
 @triton.jit
 def _tile_at(pointer, strides, first, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Addresses of BLOCK tokens from `first` on, `[BLOCK, BLOCK_WIDTH]`: only their start changes in a loop."""
-    token, d = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_WIDTH)
+    token, d = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK_WIDTH).to(tl.int64)
     return pointer + tl.cast(first, tl.int64) * strides[2] + (token[:, None] * strides[2] + d[None, :] * strides[3])
 
 
@@ -1070,6 +1070,7 @@ def _backward_rows_kernel(
     """Gradients of queries, sums that gradients of tables are made of, and what _backward_keys_kernel needs of rows."""
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), blocks - 1 - tl.program_id(0) % blocks
     head = tl.program_id(1)
+    row_count = tl.cast(row_count, tl.int64)  # twice as many may be more than 2^31
     sizes = _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED)
     data = _row_data(
         sizes,
@@ -1451,6 +1452,7 @@ def _backward_keys_kernel(
     """Gradients of keys and values."""
     batch, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks  # causal: the first is longest
     head = tl.program_id(1)
+    row_count = tl.cast(row_count, tl.int64)  # twice as many may be more than 2^31
     sizes = _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED)
     key_total, value_total = _gradients_of_key_block(
         sizes,

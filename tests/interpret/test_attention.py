@@ -119,6 +119,22 @@ def test_triton_clears_all_tokens_where_there_is_no_sequence(monkeypatch: pytest
     assert all((gradient == 0).all() for gradient in gradients.values())
 
 
+def test_triton_finds_what_it_knows_of_rows_past_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are 2^30 rows: their three numbers lie as far apart. Most of the memory is never touched."""
+    inputs = random_inputs(batch=1, heads=1, rows=20, kinds=("prefix",), channels=1)
+    expected = results(inputs)
+    launch, far = tk._launch, {"row_data": torch.empty(2 * 2**30 + 20), "row_count": 2**30}
+
+    def launch_far(kernel: object, grid: tuple, *arguments: object, **constants: object) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        moved = {name: far.get(name, argument) for name, argument in named.items()}
+        launch(kernel, grid, *moved.values(), **constants)
+
+    monkeypatch.setattr(tk, "_launch", launch_far)
+    for name, tensor in results(inputs).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_triton_gives_the_same_bits_twice() -> None:
     inputs = random_packed_inputs([3, 70, 20], kinds=("prefix", "gap"), channels=1, is_causal=True)
     for one, other in zip(results(inputs).values(), results(inputs).values(), strict=True):

@@ -338,15 +338,20 @@ def _limits(row, rows, columns, shift, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _bounds(starts, sequence, tokens):
+    """The first token of a packed sequence, and the end of its tokens; within all tokens, whatever `starts` holds."""
+    start = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), tokens)
+    return start, tl.minimum(tl.maximum(tl.load(starts + sequence + 1), start), tokens)
+
+
+@triton.jit
 def _sequence(batch, rows, columns, sequences, query_lengths, key_lengths, starts, PACKED: tl.constexpr):
     """Of one sequence: rows and keys that may be read, those that have a place, and the first token's place.
 
     `rows` and `columns` are those of the padded shape; in the packed form all tokens, and the longest sequence.
     """
     if PACKED:
-        last = tl.minimum(batch, sequences - 1)
-        start = tl.minimum(tl.maximum(tl.load(starts + last), 0), rows)
-        end = tl.minimum(tl.maximum(tl.load(starts + last + 1), start), rows)
+        start, end = _bounds(starts, tl.minimum(batch, sequences - 1), rows)
         length = tl.where(batch < sequences, tl.minimum(end - start, columns), 0)
         return length, length, length, length, start.to(tl.int64), start.to(tl.int64)
     else:
@@ -422,9 +427,11 @@ def _clear(
 def _clear_uncovered(
     pointer,
     strides,
+    batch,
     head,
     starts,
     tokens,
+    longest,
     sequences,
     block,
     blocks,
@@ -432,12 +439,18 @@ def _clear_uncovered(
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Zeros for the tokens before and after all packed sequences."""
+    """Zeros for tokens of a sequence beyond the longest; with `batch == sequences` for those before and after all."""
     pointer += head.to(tl.int64) * strides[1]
-    begin = tl.minimum(tl.maximum(tl.load(starts), 0), tokens)
-    end = tl.minimum(tl.maximum(tl.load(starts + sequences), begin), tokens)
-    _clear(pointer, strides, 0, begin, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
-    _clear(pointer, strides, end, tokens, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
+    if batch < sequences:
+        start, end = _bounds(starts, batch, tokens)
+        _clear(
+            pointer, strides, tl.minimum(end - start, longest) + start, end, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH
+        )
+    else:
+        begin = tl.minimum(tl.maximum(tl.load(starts), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(starts + sequences), begin), tokens)
+        _clear(pointer, strides, 0, begin, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
+        _clear(pointer, strides, end, tokens, block, blocks, WIDTH, BLOCK, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -741,10 +754,21 @@ def _forward_kernel(
     at = _at(logsumexp, logsumexp_strides, batch, head, sizes[4], PACKED)
     tl.store(at + row.to(tl.int64) * logsumexp_strides[2], sums, row < sizes[2])
     if PACKED:
-        if batch == sequences:
-            _clear_uncovered(
-                output, output_strides, head, starts, rows, sequences, block, blocks, WIDTH, BLOCK_ROWS, BLOCK_WIDTH
-            )
+        _clear_uncovered(
+            output,
+            output_strides,
+            batch,
+            head,
+            starts,
+            rows,
+            columns,
+            sequences,
+            block,
+            blocks,
+            WIDTH,
+            BLOCK_ROWS,
+            BLOCK_WIDTH,
+        )
 
 
 # ---- backward -----------------------------------------------------------------------------------------------------
@@ -1195,20 +1219,21 @@ def _backward_rows_kernel(
             first = block * BLOCK_ROWS
             _store_tile(at, grad_query_strides, first, row < sizes[2], total, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
             if PACKED:
-                if batch == sequences:
-                    _clear_uncovered(
-                        grad_query,
-                        grad_query_strides,
-                        head,
-                        starts,
-                        rows,
-                        sequences,
-                        block,
-                        blocks,
-                        WIDTH,
-                        BLOCK_ROWS,
-                        BLOCK_WIDTH,
-                    )
+                _clear_uncovered(
+                    grad_query,
+                    grad_query_strides,
+                    batch,
+                    head,
+                    starts,
+                    rows,
+                    columns,
+                    sequences,
+                    block,
+                    blocks,
+                    WIDTH,
+                    BLOCK_ROWS,
+                    BLOCK_WIDTH,
+                )
 
 
 @triton.jit
@@ -1539,35 +1564,38 @@ def _backward_keys_kernel(
         at = _at(grad_value, grad_value_strides, batch, head, sizes[5], PACKED)
         _store_tile(at, grad_value_strides, first, column < sizes[3], value_total, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
     if PACKED:
-        if batch == sequences:
-            if NEED_KEY:
-                _clear_uncovered(
-                    grad_key,
-                    grad_key_strides,
-                    head,
-                    starts,
-                    rows,
-                    sequences,
-                    block,
-                    blocks,
-                    WIDTH,
-                    BLOCK_KEYS,
-                    BLOCK_WIDTH,
-                )
-            if NEED_VALUE:
-                _clear_uncovered(
-                    grad_value,
-                    grad_value_strides,
-                    head,
-                    starts,
-                    rows,
-                    sequences,
-                    block,
-                    blocks,
-                    WIDTH,
-                    BLOCK_KEYS,
-                    BLOCK_WIDTH,
-                )
+        if NEED_KEY:
+            _clear_uncovered(
+                grad_key,
+                grad_key_strides,
+                batch,
+                head,
+                starts,
+                rows,
+                columns,
+                sequences,
+                block,
+                blocks,
+                WIDTH,
+                BLOCK_KEYS,
+                BLOCK_WIDTH,
+            )
+        if NEED_VALUE:
+            _clear_uncovered(
+                grad_value,
+                grad_value_strides,
+                batch,
+                head,
+                starts,
+                rows,
+                columns,
+                sequences,
+                block,
+                blocks,
+                WIDTH,
+                BLOCK_KEYS,
+                BLOCK_WIDTH,
+            )
 
 
 @triton.jit(do_not_specialize=["programs", "heads"])

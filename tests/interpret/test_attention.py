@@ -1,6 +1,7 @@
 """The Triton kernels of similarity attention: tiles, sums in passes, long tables, tokens that nothing covers, NaN."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -104,6 +105,31 @@ def test_triton_clears_tokens_that_no_sequence_covers(monkeypatch: pytest.Monkey
             torch.testing.assert_close(tensor[5:84], expected[name])
             assert (tensor[:5] == 0).all()
             assert (tensor[84:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("starts", "longest"), [([0, 12, 20], 8), ([3, 43, 47], 40), ([0, 60, 77], 33), ([-9, 20, 900], 100), ([5, 50], 0)]
+)
+def test_triton_clears_tokens_beyond_the_longest_sequence(
+    monkeypatch: pytest.MonkeyPatch, starts: list[int], longest: int
+) -> None:
+    """The test of the CUDA kernels, in tests/simt: a sequence may be longer than `max_seqlen` where nobody looks."""
+    monkeypatch.setattr(tk, "is_on_cpu_to_look_at", lambda _: False)
+    inputs = random_packed_inputs([77], kinds=("prefix",), channels=1)
+    query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+    masks = torch.tensor(starts, dtype=torch.int32), longest, True, 0.3
+    arguments = query, key, value, *api._flatten(tuple(inputs.terms()), query), *masks
+    with poisoned_outputs():
+        output, logsumexp = tk.similarity_attention_varlen(*arguments)
+        gradients = tk.similarity_attention_varlen_backward(output, output, logsumexp, *arguments, *[True] * 4)
+    covered = torch.zeros(77, dtype=torch.bool)
+    for start, end in pairwise(starts):
+        covered[max(start, 0) : min(end, 77)][:longest] = True
+    for tensor in (output, *gradients[:3]):
+        assert tensor.isfinite().all()
+        assert (tensor[~covered] == 0).all()
+    assert (output[covered] != 0).all()
+    assert gradients[3].isfinite().all()
 
 
 def test_triton_clears_all_tokens_where_there_is_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class AttentionInputs:
         if self.cu_seqlens is None:
             lengths = {"query_lengths": self.query_lengths, "key_lengths": self.key_lengths}
             return similarity_attention(query, key, value, self.terms(), **lengths, **options)
-        packing = {"cu_seqlens": self.cu_seqlens, "max_seqlen": int(self.cu_seqlens.diff().max())}
+        packing = {"cu_seqlens": self.cu_seqlens, "max_seqlen": max(self.cu_seqlens.diff().tolist(), default=0)}
         return similarity_attention_varlen(query, key, value, self.terms(), **packing, **options)
 
     def attend_in_plain_torch(self) -> Tensor:

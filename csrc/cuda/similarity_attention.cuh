@@ -1754,12 +1754,14 @@ void backward(Queue& queue, const BackwardArguments<T>& a) {
     if (!need_keys) return;
     using Kernel = AttentionKeys<T, decltype(width)::value>;
     const Grid grid = grid_of<Kernel>(queue.machine(), p, p.layout.columns);
+    // Without a sequence as well: there are no sums then, and no memory for them, but gradients to be set to zero.
+    const bool sum_tables = a.grad_biases && p.heads > 0 && p.entries > 0;
     Global<float> table_sums = nullptr;
-    if (a.grad_biases && p.entries > 0) table_sums = queue.template scratch<float>(grid.blocks * p.entries);
+    if (sum_tables) table_sums = queue.template scratch<float>(grid.blocks * p.entries);
     launch<Kernel>(queue, grid,
                    {p, a.query, a.key, a.value, a.grad, statistics, a.grad_key, a.grad_value, table_sums, grid.tiles,
                     grid.blocks * Kernel::kParts});
-    if (table_sums) {
+    if (sum_tables) {
       queue.template run<AddTableGradients>(divide_up(p.heads * p.entries, AddTableGradients::kThreads / gpu::kLanes),
                                             1, AddTableGradients::kThreads, 0,
                                             {p, table_sums, a.grad_biases, grid.tiles});

@@ -30,8 +30,10 @@ class Queue {
     std::memset(storage_.back().get(), 0xff, count * sizeof(T));
     return region<T>("scratch memory", storage_.back().get(), count * sizeof(T));
   }
+  // Without any bytes a null pointer, as PyTorch gives one for a tensor without elements.
   template <class T>
   Pointer<T> region(const char* name, void* memory, size_t bytes) {
+    if (bytes == 0) return nullptr;
     regions_.push_back({name, static_cast<std::byte*>(memory), bytes, {}});
     return {reinterpret_cast<uintptr_t>(memory), &regions_.back()};
   }
@@ -52,6 +54,7 @@ class Queue {
 
   template <class Kernel>
   void run(int64_t blocks, int64_t blocks_y, int threads, int shared_bytes, const typename Kernel::Params& params) {
+    if (blocks < 1 || blocks_y < 1) throw Fault("a launch without blocks");  // CUDA refuses it
     if (shared_bytes > limits().shared_per_block) throw Fault("a launch with more shared memory than there is");
     int status;
     const std::unique_ptr<char, void (*)(void*)> name(

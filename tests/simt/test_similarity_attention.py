@@ -275,6 +275,15 @@ def test_tokens_that_no_sequence_covers_give_zeros() -> None:
     ops.native.similarity_attention_varlen(query, key, value, *flat, decreasing, 30, True, 0.3)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_tables_have_zero_gradients_where_there_is_no_sequence(heads: int, packed: bool) -> None:
+    """A batch of none, and `cu_seqlens` of one element."""
+    make, none = (random_packed_inputs, {"lengths": []}) if packed else (random_inputs, {"batch": 0})
+    for name, tensor in results(make(**none, heads=heads, kinds=("prefix", "gap"))).items():
+        assert (tensor == 0).all(), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [7, 8, 20, 24])
 def test_rows_that_are_not_aligned(width: int, dtype: torch.dtype) -> None:

@@ -876,6 +876,8 @@ struct Sizes {
   static constexpr int kKeysTile = kWide ? (kWidth > 64 ? 16 : 32) : kWidth > 64 ? 32 : 64;
   static constexpr int kKeysAtOnce = kWide || kWidth > 64 ? 16 : 32;
   static constexpr int kKeysColumns = kWide && kWidth > 64 ? 64 : kWidth > 128 ? 128 : kWidth;
+  // Of tiles in shared memory, in the backward. One, where 99 KiB do not hold two: nothing is copied ahead then.
+  static constexpr int kLeastStages = kWide && kWidth > 128 ? 1 : 2;
 };
 
 // ---- Forward ----
@@ -885,7 +887,7 @@ struct AttentionForward {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
   static constexpr int kSlabs = Sizes<T, kWidth>::kForwardSlabs, kTile = Sizes<T, kWidth>::kForwardTile,
                        kOthers = Sizes<T, kWidth>::kForwardAtOnce;
-  static constexpr int kColumns = Sizes<T, kWidth>::kForwardColumns, kParts = kWidth / kColumns;
+  static constexpr int kColumns = Sizes<T, kWidth>::kForwardColumns, kParts = kWidth / kColumns, kLeastStages = 2;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
@@ -910,7 +912,7 @@ struct AttentionForward {
       terms = marks + kWidth * 4;
     }
   };
-  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, int /*stages*/, const Problem& p) {
     return typename Channels::Plan(Plan(warps).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
   }
 
@@ -1096,6 +1098,7 @@ struct AttentionQueries {
   static constexpr int kThreads = kMaxWarps * gpu::kLanes, kBlocks = 1;
   static constexpr int kSlabs = 1, kTile = Sizes<T, kWidth>::kQueriesTile, kOthers = Sizes<T, kWidth>::kQueriesAtOnce;
   static constexpr int kColumns = Sizes<T, kWidth>::kQueriesColumns, kParts = kWidth / kColumns;
+  static constexpr int kLeastStages = Sizes<T, kWidth>::kLeastStages;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
@@ -1108,22 +1111,23 @@ struct AttentionQueries {
     HeadRows<T> grad_query;  // may be missing
     Global<float> statistics;
     int64_t tiles, blocks;
+    int stages;
   };
 
   struct Plan {
     int queries, grads, keys, values, marks, terms;
-    BBQ_HOST_DEVICE explicit Plan(int warps) {
+    BBQ_HOST_DEVICE Plan(int warps, int stages) {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       queries = 0;
       grads = queries + warps * kWarpRows * kRowBytes;
       keys = grads + warps * kWarpRows * kRowBytes;
-      values = keys + 2 * kTile * kRowBytes;
-      marks = values + 2 * kTile * kRowBytes;
+      values = keys + stages * kTile * kRowBytes;
+      marks = values + stages * kTile * kRowBytes;
       terms = marks + kWidth * 4;
     }
   };
-  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
-    return typename Channels::Plan(Plan(warps).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, int stages, const Problem& p) {
+    return typename Channels::Plan(Plan(warps, stages).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
   }
 
   static BBQ_DEVICE void run(const Params& params) {
@@ -1140,7 +1144,8 @@ struct AttentionQueries {
     if (place.tile == 0 && column_part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
     if (place.first >= s.all_rows) return;
 
-    const Plan plan(warps);
+    const int stages = kLeastStages == 2 ? 2 : params.stages;
+    const Plan plan(warps, stages);
     const Shared<T> queries = gpu::shared_at<T>(plan.queries), grads = gpu::shared_at<T>(plan.grads),
                     keys = gpu::shared_at<T>(plan.keys), values = gpu::shared_at<T>(plan.values);
     const Channels terms{p, {plan.terms, warps * kWarpRows, p.channel_count, p.tile_count}, true};
@@ -1213,10 +1218,10 @@ struct AttentionQueries {
     for (int d = gpu::thread_index(); d < kWidth; d += gpu::block_threads()) marks[d] = s.columns;
     bool spoiled = false;
     int stage = 0;
-    for (int first = 0; first < columns; first += kTile, stage ^= 1) {
+    for (int first = 0; first < columns; first += kTile, stage ^= stages - 1) {
       gpu::async_wait<0>();
       gpu::sync_threads();  // the tile is there for all, and nobody reads the one before any more
-      copy_tile(first + kTile, stage ^ 1);
+      if (stages == 2) copy_tile(first + kTile, stage ^ 1);
       const Shared<T> key = keys + stage * kTile * TileRows::kStride;
       const int count = least(kTile, columns - first);
       terms.fill_tiles(s.query_token + place.first, live, s.key_token + first, count);
@@ -1261,6 +1266,10 @@ struct AttentionQueries {
         }
         Product::add(grad_scores, key + part * TileRows::kStride + first_column, sums);
       }
+      if (stages == 1) {
+        gpu::sync_threads();  // nobody reads the only tile any more
+        copy_tile(first + kTile, 0);
+      }
     }
     if (spoiled) {
       Product::spoil(sums, marks + first_column,
@@ -1287,7 +1296,7 @@ struct AttentionKeys {
   static constexpr int kSlabs = 1, kTile = Sizes<T, kWidth>::kKeysTile, kOthers = Sizes<T, kWidth>::kKeysAtOnce,
                        kColumns = Sizes<T, kWidth>::kKeysColumns;
   static constexpr int kGroups = kOthers / 8, kColumnGroups = kColumns / 8, kWarpRows = 16 * kSlabs;
-  static constexpr int kParts = kWidth / kColumns;
+  static constexpr int kParts = kWidth / kColumns, kLeastStages = Sizes<T, kWidth>::kLeastStages;
   using TileRows = Rows<T, kWidth>;
   using Product = Products<T, kWidth, kSlabs>;
   using Channels = Terms<kSlabs, kTile, kOthers, kWidth <= 128>;
@@ -1299,26 +1308,28 @@ struct AttentionKeys {
     HeadRows<T> grad_key, grad_value;  // each may be missing
     Global<float> table_sums;          // (sequences, heads, tiles, entries), or missing
     int64_t tiles, blocks;
+    int stages;
   };
 
   struct Plan {
     int keys, values, queries, grads, statistics, marks, sums, terms;
-    BBQ_HOST_DEVICE Plan(int warps, int entries) {
+    BBQ_HOST_DEVICE Plan(int warps, int stages, int entries) {
       constexpr int kRowBytes = TileRows::kStride * static_cast<int>(sizeof(T));
       keys = 0;
       values = keys + warps * kWarpRows * kRowBytes;
       queries = values + warps * kWarpRows * kRowBytes;
-      grads = queries + 2 * kTile * kRowBytes;
-      statistics = grads + 2 * kTile * kRowBytes;
-      marks = statistics + 2 * kTile * static_cast<int>(sizeof(Statistics));
+      grads = queries + stages * kTile * kRowBytes;
+      statistics = grads + stages * kTile * kRowBytes;
+      marks = statistics + stages * kTile * static_cast<int>(sizeof(Statistics));
       sums = marks + 2 * kWidth * 4;
       terms = sums + warps * entries * 8;
       terms = (terms + 15) / 16 * 16;
     }
   };
-  static BBQ_HOST_DEVICE int shared_bytes(int warps, const Problem& p) {
+  static BBQ_HOST_DEVICE int shared_bytes(int warps, int stages, const Problem& p) {
     return
-        typename Channels::Plan(Plan(warps, p.entries).terms, warps * kWarpRows, p.channel_count, p.tile_count).bytes;
+        typename Channels::Plan(Plan(warps, stages, p.entries).terms, warps * kWarpRows, p.channel_count, p.tile_count)
+            .bytes;
   }
 
   // Adds gradients of scores to the warp's sums of one channel's table, kMany buckets at a time.
@@ -1382,7 +1393,8 @@ struct AttentionKeys {
     const Sequence s = sequence_at(p.layout, place.sequence);
     if (place.tile == 0 && column_part == 0) for_tokens_beyond(s, [&](int64_t token) { clear(place.head, token); });
 
-    const Plan plan(warps, p.entries);
+    const int stages = kLeastStages == 2 ? 2 : params.stages;
+    const Plan plan(warps, stages, p.entries);
     const Shared<T> keys = gpu::shared_at<T>(plan.keys), values = gpu::shared_at<T>(plan.values),
                     queries = gpu::shared_at<T>(plan.queries), grads = gpu::shared_at<T>(plan.grads);
     const Shared<float> statistics = gpu::shared_at<float>(plan.statistics);
@@ -1431,7 +1443,7 @@ struct AttentionKeys {
     for (int d = gpu::thread_index(); d < 2 * kWidth; d += gpu::block_threads()) marks[d] = -1;
     bool spoiled = false;
     int stage = 0;
-    for (int first = begin; first < s.rows; first += kTile, stage ^= 1) {
+    for (int first = begin; first < s.rows; first += kTile, stage ^= stages - 1) {
       gpu::async_wait<0>();
       bool attends_to_nothing = false;  // a row whose statistics this thread copied
       for (int i = gpu::thread_index(); i < kTile; i += gpu::block_threads()) {
@@ -1439,7 +1451,7 @@ struct AttentionKeys {
       }
       // The tile is there for all, and nobody reads the one before any more.
       const bool some_dead = gpu::sync_threads_or(attends_to_nothing);
-      copy_tile(first + kTile, stage ^ 1);
+      if (stages == 2) copy_tile(first + kTile, stage ^ 1);
       const Shared<T> query = queries + stage * kTile * TileRows::kStride;
       const Shared<T> grad = grads + stage * kTile * TileRows::kStride;
       const Shared<const float> known = statistics + 4 * stage * kTile;
@@ -1538,6 +1550,10 @@ struct AttentionKeys {
         }
         if (params.grad_value.data) Product::add(weights, grad + at + first_column, value_sums);
         if (params.grad_key.data) Product::add(grad_scores, query + at + first_column, key_sums);
+      }
+      if (stages == 1) {
+        gpu::sync_threads();  // as in AttentionQueries
+        copy_tile(first + kTile, 0);
       }
     }
     if (spoiled) {
@@ -1681,23 +1697,26 @@ struct BackwardArguments {
 };
 
 struct Grid {
-  int warps;
+  int warps, stages;
   int64_t tiles, blocks, tail;  // tail: blocks for tokens that no sequence covers
 };
 
 // A block of all `tokens` of a sequence if its warps can be so many, else one of four warps; fewer where the machine
-// has less shared memory.
+// has less shared memory, and where it does not hold one, fewer tiles at once.
 template <class Kernel>
 Grid grid_of(const Machine& machine, const Problem& p, int tokens) {
   const int64_t needed = divide_up(tokens, Kernel::kWarpRows);
-  int warps = needed <= 1 ? 1 : needed <= kMaxWarps ? static_cast<int>(needed) : 4;
-  while (warps > 0 && Kernel::shared_bytes(warps, p) > machine.shared_per_block) --warps;
-  if (warps == 0) {
+  const int most_warps = needed <= 1 ? 1 : needed <= kMaxWarps ? static_cast<int>(needed) : 4;
+  int warps = most_warps, stages = 2;
+  while (Kernel::shared_bytes(warps, stages, p) > machine.shared_per_block) {
+    if (--warps > 0) continue;
+    warps = most_warps;
+    if (--stages >= Kernel::kLeastStages) continue;
     throw std::invalid_argument(
         "query: this device has too little shared memory for the head size and the terms; "
         "choose impl='triton' or 'reference'");
   }
-  Grid grid{warps, divide_up(tokens, int64_t{warps} * Kernel::kWarpRows), 0, 0};
+  Grid grid{warps, stages, divide_up(tokens, int64_t{warps} * Kernel::kWarpRows), 0, 0};
   if (grid.tiles == 0) grid.tiles = 1;
   grid.blocks = p.layout.count * p.heads * grid.tiles;
   if (p.layout.starts) grid.tail = p.heads * divide_up(p.layout.tokens, kTokensToClear);
@@ -1708,7 +1727,7 @@ template <class Kernel, class Queue>
 void launch(Queue& queue, const Grid& grid, const typename Kernel::Params& params) {
   if (params.blocks + grid.tail == 0) return;
   queue.template run<Kernel>(params.blocks + grid.tail, 1, grid.warps * gpu::kLanes,
-                             Kernel::shared_bytes(grid.warps, params.problem), params);
+                             Kernel::shared_bytes(grid.warps, grid.stages, params.problem), params);
 }
 
 // Calls f of the least of the widths that kernels are made for.
@@ -1749,7 +1768,7 @@ void backward(Queue& queue, const BackwardArguments<T>& a) {
       const Grid grid = grid_of<Kernel>(queue.machine(), p, p.layout.rows);
       launch<Kernel>(queue, grid,
                      {p, a.query, a.key, a.value, a.output, a.grad, a.logsumexp, a.grad_query, statistics, grid.tiles,
-                      grid.blocks * Kernel::kParts});
+                      grid.blocks * Kernel::kParts, grid.stages});
     }
     if (!need_keys) return;
     using Kernel = AttentionKeys<T, decltype(width)::value>;
@@ -1760,7 +1779,7 @@ void backward(Queue& queue, const BackwardArguments<T>& a) {
     if (sum_tables) table_sums = queue.template scratch<float>(grid.blocks * p.entries);
     launch<Kernel>(queue, grid,
                    {p, a.query, a.key, a.value, a.grad, statistics, a.grad_key, a.grad_value, table_sums, grid.tiles,
-                    grid.blocks * Kernel::kParts});
+                    grid.blocks * Kernel::kParts, grid.stages});
     if (sum_tables) {
       queue.template run<AddTableGradients>(divide_up(p.heads * p.entries, AddTableGradients::kThreads / gpu::kLanes),
                                             1, AddTableGradients::kThreads, 0,

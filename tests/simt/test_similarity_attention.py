@@ -144,6 +144,19 @@ def test_plans_for_every_machine(simt: ModuleType, kibibytes: int) -> None:
             assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kinds", [(), ALL_KINDS], ids=["plain", "terms"])
+def test_the_widest_heads_fit_consumer_cards(simt: ModuleType, kinds: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Forward and backward: of float32 with one tile at once where two do not fit, and with the same bits."""
+    inputs = random_inputs(batch=1, heads=1, rows=50, width=256, kinds=kinds, is_causal=True).to(dtype)
+    expected = results(inputs)
+    simt.set_limits(3, 99 * 1024)
+    found = results(inputs)
+    for table in (name for name in expected if name.startswith("table")):  # sums over blocks
+        torch.testing.assert_close(found.pop(table), expected[table], rtol=1e-4, atol=1e-4)
+    same_bits(found, expected)
+
+
 def test_a_machine_that_is_too_small_is_named(simt: ModuleType) -> None:
     simt.set_limits(3, 16 * 1024)
     with pytest.raises(ValueError, match="query: this device has too little shared memory for the head size"):
@@ -174,7 +187,9 @@ def test_every_barrier_and_every_wait_is_missed(simt: ModuleType) -> None:
     with_nan.tensors["value"][0, 0, 30] = with_nan.tensors["key"][0, 0, 31] = torch.nan
     with_nan.tensors["query"][0, 0, 5] = torch.nan
     full = random_inputs(batch=1, heads=1, rows=70, kinds=("cosine",), channels=1)
-    cases = [with_nan, full, replace(full, kinds=(), compared=())]
+    wide = random_inputs(batch=1, heads=1, rows=20, width=130, kinds=())
+    simt.set_limits(3, 96 * 1024)  # holds one tile of `wide` at once in the backward
+    cases = [with_nan, full, replace(full, kinds=(), compared=()), wide]
     simt.synchronizations()
     for inputs in cases:
         results(inputs)

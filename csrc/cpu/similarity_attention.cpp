@@ -248,10 +248,11 @@ struct Strip {
   int64_t spans() const { return std::max<int64_t>(1, ceil_div(sequence->all_columns, kSpan)); }
 };
 
-// A strip, or one span of it.
+// A strip, or some spans of it.
 struct Item {
   const Strip* strip;
   int64_t first_span, last_span;
+  double work;      // products
   float* row_sums;  // where the item leaves them, or null: the item writes the gradients of queries
 };
 
@@ -282,23 +283,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   }
   const int64_t most_sums = needs.query ? simd.row_sums(a, most_heads, most_rows) : 0;
 
-  // Few strips are cut into their spans, each of which needs memory for its sums.
+  // Of one span: keys times rows that see the middle one.
+  const auto work_of = [&](const Strip& strip, int64_t span) {
+    const Sequence& s = *strip.sequence;
+    const int64_t first = span * kSpan, keys = std::clamp<int64_t>(s.columns - first, 0, kSpan);
+    const int64_t blind = a.is_causal ? std::clamp<int64_t>(first + keys / 2 - a.shift, 0, s.rows) : 0;
+    return 5.0 * static_cast<double>(s.rows - blind) * keys * strip.heads * a.width;
+  };
+
+  // Few strips are cut into parts of about equal work, each of which needs memory for sums of all rows: no more parts
+  // than make up enough units, however long a sequence is.
   const bool cut = static_cast<int64_t>(strips.size()) < kUnits;
+  const int64_t most_parts = cut ? ceil_div(kUnits, std::max<int64_t>(1, strips.size())) : 1;
   std::vector<Item> items;
-  int64_t span_count = 0;
-  for (const Strip& strip : strips) span_count += cut ? strip.spans() : 0;
-  AlignedBuffer<float> span_sums(span_count * most_sums);
   double total_work = 0;
   for (const Strip& strip : strips) {
-    if (!cut) {
-      items.push_back({&strip, 0, strip.spans(), nullptr});
-    } else {
-      for (int64_t i = 0; i < strip.spans(); ++i) {
-        items.push_back({&strip, i, i + 1, span_sums.data() + static_cast<int64_t>(items.size()) * most_sums});
+    const int64_t parts = std::min(most_parts, strip.spans());
+    double left = 0;
+    for (int64_t span = 0; span < strip.spans(); ++span) left += work_of(strip, span);
+    total_work += left;
+    for (int64_t span = 0, part = 0; part < parts; ++part) {
+      Item item{&strip, span, strip.spans(), left, nullptr};
+      if (part + 1 < parts) {
+        const double share = left / static_cast<double>(parts - part);
+        const int64_t most = strip.spans() - (parts - part - 1);  // the other parts have a span each at least
+        item.work = work_of(strip, span++);
+        while (span < most && item.work + work_of(strip, span) / 2 < share) item.work += work_of(strip, span++);
+        item.last_span = span;
+        left -= item.work;
       }
+      items.push_back(item);
     }
-    total_work += 2.5 * p.work(*strip.sequence) * strip.heads;
   }
+  AlignedBuffer<float> part_sums(cut ? static_cast<int64_t>(items.size()) * most_sums : 0);
+  for (size_t i = 0; cut && i < items.size(); ++i) items[i].row_sums = part_sums.data() + i * most_sums;
 
   // Runs of items of about equal work, each with a sum of its own of the table gradients.
   const int64_t count = static_cast<int64_t>(items.size());
@@ -306,9 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   std::vector<int64_t> bounds{0};
   double seen = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Item& item = items[i];
-    seen += 2.5 * p.work(*item.strip->sequence) * item.strip->heads * (item.last_span - item.first_span) /
-            item.strip->spans();
+    seen += items[i].work;
     if (i + 1 == count || seen * chunks >= total_work * static_cast<double>(bounds.size())) bounds.push_back(i + 1);
   }
   const int64_t runs = static_cast<int64_t>(bounds.size()) - 1;
@@ -320,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   run(runs, scratch_floats, total_work, [&](float* scratch, int64_t r) {
     std::vector<double> lanes(entries * simd.lanes, 0.0);
     for (int64_t i = bounds[r]; i < bounds[r + 1]; ++i) {
-      const auto& [strip, first_span, last_span, kept_sums] = items[i];
+      const auto& [strip, first_span, last_span, work, kept_sums] = items[i];
       const Sequence& s = *strip->sequence;
       float* row_sums = kept_sums ? kept_sums : scratch + unit_scratch;
       for (int64_t span = first_span; span < last_span; ++span) {
@@ -344,11 +360,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem& p, const Tens
   if (needs.query && cut) {
     for_all(static_cast<int64_t>(strips.size()), [&](int64_t i) {
       const Strip& strip = strips[i];
-      int64_t item = 0;
-      while (items[item].strip != &strip) ++item;
-      float* total = items[item].row_sums;
-      for (int64_t span = 1; span < strip.spans(); ++span) {
-        add(total, items[item + span].row_sums, simd.row_sums(a, strip.heads, strip.sequence->rows));
+      auto item = std::find_if(items.begin(), items.end(), [&](const Item& each) { return each.strip == &strip; });
+      float* total = item->row_sums;
+      while (++item != items.end() && item->strip == &strip) {
+        add(total, item->row_sums, simd.row_sums(a, strip.heads, strip.sequence->rows));
       }
       simd.store_rows({a, *strip.sequence, strip.first_head, strip.heads, total, grad_query.heads()});
     });

@@ -1,5 +1,8 @@
 """What PyTorch asks of operators: opcheck, compile, export, autocast, double backward."""
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -247,6 +250,25 @@ def test_no_matrix_of_all_pairs_exists() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(3000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 12_000  # KiB
+
+
+def test_memory_of_a_long_sequence_grows_with_its_length_alone() -> None:
+    """Partial sums of query gradients are as many as make up enough units of work, not one for each span of keys.
+
+    In a process of its own: what another test once needed would hide it.
+    """
+    code = """
+    import resource, torch
+    from bbqrec_kernels import similarity_attention
+    def peak_after(rows):
+        query = torch.randn(1, 8, rows, 16, requires_grad=True)
+        similarity_attention(query, query, query, is_causal=True, impl="cpu").sum().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(-peak_after(64) + peak_after(8192))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 12 * 8 * 8192 * 16 * 4 / 1024  # KiB: 12 times the query
 
 
 def test_direct_calls_with_tensors_that_do_not_fit_are_refused(operators: ops.Operators) -> None:

@@ -76,10 +76,10 @@ def test_any_shape_term_and_length(data: st.DataObject) -> None:
     assert_like_float64(replace(random_inputs(batch=batch, rows=rows, columns=columns, **options), **lengths))
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_spans_of_keys_are_added(batch: int) -> None:
-    """Query gradients are sums over spans of 512 keys, apart for few sequences and at once for many."""
-    inputs = random_inputs(batch=batch, heads=1, rows=70, columns=1100, width=8, is_causal=True)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 8), (3, 5), (16, 1)])
+def test_spans_of_keys_are_added(batch: int, heads: int) -> None:
+    """Query gradients are sums over spans of 512 keys: apart for few heads, some of them for more, at once for many."""
+    inputs = random_inputs(batch=batch, heads=heads, rows=70, columns=1100, width=8, is_causal=True)
     assert_like_float64(inputs)
     lengths = torch.full((batch,), 513)
     assert_like_float64(replace(inputs, key_lengths=lengths))

@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "static.csv"
 CUDA_BUILD = ROOT / "build" / "cuda"
 ARCHITECTURES = (80, 90, 100)
+# That a block may have. Cards for workstations, the last three, are not in the table: they only have to have enough.
+SHARED_BYTES = dict.fromkeys((90, 100), 227 * 1024) | {80: 163 * 1024} | dict.fromkeys((86, 89, 120), 99 * 1024)
 INSTRUCTIONS_A_SPILL = 20  # of a main loop, at least, where spills are allowed
 SLACK = 1.05  # of the instructions of a main loop: other versions of a compiler place a few more or less
 
@@ -187,10 +189,10 @@ def disassemble(binary: Path) -> dict[str, str]:
 
 def triton_cases(architecture: int) -> list[Case]:
     """Every Triton kernel, for shapes that make a difference to it, with the constants of an architecture."""
-    return [*_residual_quantization_cases(), *_similarity_attention_cases(architecture)]
+    return [*_residual_quantization_cases(SHARED_BYTES[architecture]), *_similarity_attention_cases(architecture)]
 
 
-def _residual_quantization_cases() -> Iterator[Case]:
+def _residual_quantization_cases(shared_bytes: int) -> Iterator[Case]:
     from bbqrec_kernels.residual_quantization import triton_kernels as rq
 
     types = {
@@ -213,7 +215,7 @@ def _residual_quantization_cases() -> Iterator[Case]:
         return Case(name, kernel, types | typed, constants, rq.OPTIONS, unit, units)
 
     def quantize(levels: int, size: int, width: int, dtype: str = "fp32") -> Case:
-        constants = rq.quantize_constants(levels, size, width)
+        constants = rq.quantize_constants(levels, size, width, shared_bytes)
         name = f"L={levels} K={size} D={width}" + ("" if dtype == "fp32" else f" {dtype}")
         typed = {"x": f"*{dtype}", "quantized": f"*{dtype}"}
         units = per_thread(constants, "BLOCK_ROWS", "BLOCK_SIZE")
@@ -228,7 +230,7 @@ def _residual_quantization_cases() -> Iterator[Case]:
     for levels, size, width in ((3, 256, 64), (4, 1024, 256)):
         shape = f"L={levels} K={size} D={width}"
         books = rq.codebook_constants(levels, size, width)
-        padded = {"PADDED_SIZE": rq.quantize_constants(levels, size, width)["PADDED_SIZE"]}
+        padded = {"PADDED_SIZE": rq.quantize_constants(levels, size, width, shared_bytes)["PADDED_SIZE"]}
         yield case(shape, rq._range_kernel, books, "", 0)
         yield case(shape, rq._prepare_kernel, books | padded, "", 0)
         rows = rq.row_constants(levels, size, width)
@@ -310,8 +312,8 @@ def _similarity_attention_cases(architecture: int) -> Iterator[Case]:
     yield Case("prefix L=3", attention._table_gradients_kernel, integers | tables, constants, attention.OPTIONS, "", 0)
 
 
-def measure_triton(case: Case, architecture: int) -> Row:
-    """Compiles a kernel with the options of its launcher, and counts."""
+def compile_triton(case: Case, architecture: int) -> Any:
+    """Compiles a kernel with the options of its launcher."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -338,7 +340,14 @@ def measure_triton(case: Case, architecture: int) -> Row:
         else:
             signature[name] = describe(case.types[name], i)
     source = ASTSource(case.kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options | case.options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options | case.options)
+
+
+def measure_triton(case: Case, architecture: int) -> Row:
+    """Compiles a kernel, and counts."""
+    import triton
+
+    compiled = compile_triton(case, architecture)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

@@ -624,14 +624,15 @@ def _join_segments_kernel(
 # ---- launchers: the implementations of the operators `<op>_triton` ------------------------------------------------
 
 
-def quantize_constants(levels: int, size: int, width: int) -> dict[str, int]:
-    """Compile-time constants and launch options of `_quantize_kernel`: a function of the shapes alone.
+def quantize_constants(levels: int, size: int, width: int, shared_bytes: int) -> dict[str, int]:
+    """Compile-time constants and launch options of `_quantize_kernel`: a function of the shapes and the device alone.
 
-    Nothing is tuned at run time: another tile could add a distance up in another order, and the same call would not
-    give the same codes twice.
+    `shared_bytes`: of shared memory, that a block of the device may have. Nothing is tuned at run time: another tile
+    could add a distance up in another order, and the same call would not give the same codes twice.
     """
     block_width = max(16, _power_of_two_from(width))
-    rows, tile, warps, stages = _TILES[max(64, block_width)]
+    tiles = _TILES if shared_bytes >= _SHARED_BYTES else _TILES | _SMALL_TILES
+    rows, tile, warps, stages = tiles[max(64, block_width)]
     section = min(_SECTION, max(tile, _power_of_two_from(size)))  # a score's low bits are the code within a section
     return {
         "SIZE": size,
@@ -661,6 +662,8 @@ _TILES = {
     256: (64, 32, 8, 3),
     512: (16, 64, 8, 3),
 }
+_SHARED_BYTES = 148 * 1024  # that these need; cards for workstations have 99 KiB, which hold two of the widest tiles
+_SMALL_TILES = {512: (16, 64, 8, 2)}
 
 
 def codebook_constants(levels: int, size: int, width: int) -> dict[str, int]:
@@ -726,6 +729,13 @@ def _power_of_two_from(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _shared_bytes(device: torch.device) -> int:
+    """That a block of a GPU may have; the interpreter takes the tiles of one that has enough."""
+    if device.type != "cuda":
+        return _SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _launch(kernel, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Starts a kernel on the device of its first argument."""
     device = arguments[0].device
@@ -752,7 +762,8 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Ten
 def _quantize_on_chip(x: Tensor, codebooks: Tensor, quantized: Tensor, codes: Tensor, rows: int) -> Tensor:
     """Fills `quantized` and `codes`; returns sums of the squared rests, `(programs, levels)`."""
     levels, size, width = codebooks.shape
-    constants, prepare = quantize_constants(levels, size, width), codebook_constants(levels, size, width)
+    constants = quantize_constants(levels, size, width, _shared_bytes(x.device))
+    prepare = codebook_constants(levels, size, width)
     padded = constants["PADDED_SIZE"]
     ranges = codebooks.new_zeros(3, levels, dtype=torch.int32)
     words = codebooks.new_empty(levels, padded, constants["BLOCK_WIDTH"], dtype=torch.float16)

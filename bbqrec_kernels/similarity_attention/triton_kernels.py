@@ -1679,7 +1679,8 @@ def _is_heavy(channels: tuple[tuple, ...]) -> bool:
 # For each width, and apart for float32: rows and keys of a tile, warps, tiles in flight.
 _Tiles = dict[tuple[int, bool], tuple[int, int, int, int]]
 
-# By major version of the architecture, 9 of sm_90: others have the tiles of 9, but for those named. They cost the least
+# By major version of the architecture, 9 of sm_90: others have the tiles of 9, but for those named. 12: cards for
+# workstations, sm_86 and sm_89 too, which have tensor cores like 8 and 99 KiB of shared memory. They cost the least
 # instructions a score; without spills on sm_90 up to a width of 128 (of float32: 64), and few elsewhere, where operands
 # of tensor cores take registers.
 _FORWARD: dict[int, _Tiles] = {
@@ -1692,6 +1693,7 @@ _FORWARD: dict[int, _Tiles] = {
         (256, True): (16, 32, 8, 1),
     },
     8: {(64, False): (64, 64, 4, 2), (64, True): (32, 32, 4, 1)},
+    12: {(64, False): (64, 64, 4, 2), (64, True): (32, 32, 4, 1)},
 }
 # Wide tiles cost less, if there are keys to fill them and registers to hold them.
 _SHORT = 512
@@ -1706,6 +1708,7 @@ _BACKWARD_ROWS: dict[int, _Tiles] = {
         (256, True): (32, 16, 8, 1),
     },
     8: {(256, False): (64, 32, 8, 1)},
+    12: {(256, False): (64, 32, 8, 1), (256, True): (16, 16, 8, 1)},
     10: {(256, False): (64, 32, 8, 1)},
 }
 _BACKWARD_KEYS: dict[int, _Tiles] = {
@@ -1718,6 +1721,7 @@ _BACKWARD_KEYS: dict[int, _Tiles] = {
         (256, True): (16, 32, 8, 1),
     },
     8: {(64, True): (16, 32, 4, 1), (256, False): (32, 64, 8, 1)},
+    12: {(64, True): (16, 32, 4, 1), (256, False): (32, 32, 8, 1), (256, True): (16, 16, 8, 1)},
     10: {(64, True): (16, 32, 4, 1), (256, False): (32, 64, 8, 1)},
 }
 
@@ -1725,7 +1729,8 @@ _BACKWARD_KEYS: dict[int, _Tiles] = {
 def _constants(tiles: dict[int, _Tiles], width: int, dtype: torch.dtype, architecture: int) -> Constants:
     is_float32 = dtype == torch.float32
     block_width = max(16, triton.next_power_of_2(width))
-    major = architecture // 10 if architecture // 10 in (9, 10) else 8  # 12, of workstations, has tensor cores like 8
+    major = 12 if architecture in (86, 89) else architecture // 10
+    major = major if major in (9, 10, 12) else 8
     rows, keys, warps, stages = (tiles[9] | tiles.get(major, {}))[max(64, block_width), is_float32]
     return {
         "EXACT": is_float32,

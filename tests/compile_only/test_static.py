@@ -53,7 +53,7 @@ def test_every_tile_fits_cards_for_workstations(architecture: int) -> None:
         pytest.skip("no Triton: pip install triton")
     code = f"""
 from benchmarks import static
-for case in static.triton_cases({architecture}):
+for case in (*static.triton_cases({architecture}), *static.widest_attention_cases({architecture})):
     print(static.compile_triton(case, {architecture}).metadata.shared, case.kernel.__name__, case.name)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -61,6 +61,7 @@ for case in static.triton_cases({architecture}):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("_quantize_kernel L=4 K=1024 D=512" in line for line in lines)
+    assert any("_backward_keys_kernel D=256 prefix L=3 fp32" in line for line in lines)
     assert [line for line in lines if int(line.split()[0]) > static.SHARED_BYTES[architecture]] == []
 
 

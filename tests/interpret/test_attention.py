@@ -48,9 +48,11 @@ def test_triton_wide_tiles_of_long_sequences(monkeypatch: pytest.MonkeyPatch, is
     assert tiles == [64, 128]
 
 
-@pytest.mark.parametrize("architecture", [80, 100])
+@pytest.mark.parametrize("architecture", [80, 100, 120])
 def test_triton_tiles_of_other_architectures(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
     monkeypatch.setattr(tk, "_architecture", lambda _: architecture)
+    if architecture == 120:  # has tiles of its own for the widest heads
+        assert_like_float64(random_inputs(batch=1, heads=1, rows=20, width=200, channels=1, is_causal=True))
     kinds = {"kinds": ("prefix", "gap"), "channels": 1, "n_buckets": 12}
     assert_like_float64(random_inputs(batch=1, heads=1, rows=70, columns=90, is_causal=True, **kinds))
 

@@ -1,4 +1,4 @@
-# Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.10, make and a C++ compiler.
+# Everything starts here, from a fresh clone: `make demo`, `make test`. Needs Python >= 3.11, make and a C++ compiler.
 #   demo     train and compare the models on a generated catalogue        lint    ruff and clang-format
 #   test     the test suite; ARGS="-k name" is handed to pytest           format  apply them
 #   check    what is slower: other compilers and architectures, packaging, sanitizers, the site
@@ -74,7 +74,7 @@ format: $(INSTALLED)
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis bbqrec_kernels/_C.so $(BUILT)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis bbqrec_kernels/_C*.so $(BUILT)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py

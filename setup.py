@@ -61,7 +61,10 @@ def find_torch() -> tuple[Path, str]:
         found = ((Path(folder) / "torch", torch_version(Path(folder) / "torch")) for folder in folders if folder)
         candidates = [(folder, version) for folder, version in found if version]
     if not candidates:
-        raise NotBuilt("torch was not found on disk; install torch first, or name its folder in BBQ_TORCH_DIR")
+        raise NotBuilt(
+            "torch was not found on disk; install torch first, and where the build is isolated from it (uv), build "
+            "with --no-build-isolation or name its folder in BBQ_TORCH_DIR"
+        )
     folder, version = candidates[0]
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
         raise NotBuilt(f"torch {version} is too old, 2.10 or newer is needed")
@@ -184,7 +187,7 @@ class BuildLibraries(Command):
     def run(self) -> None:
         if self.inplace or self.editable_mode:
             # CMake keeps the compiler, the flags and the place that it first saw: others get another folder.
-            names = ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE", "CUDACXX")
+            names = ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE", "CUDACXX", "BBQ_CUDA_ARCHITECTURES")
             seen = zlib.crc32(repr([str(ROOT), *(os.environ.get(name) for name in names)]).encode())
             self.build_into(ROOT / PACKAGE, ROOT / "build", f"-{seen:08x}")
         else:

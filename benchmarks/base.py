@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,16 +34,31 @@ class Base:
         self._ref, self._device = ref, device
 
     def __enter__(self) -> Base:
-        self._folder = Path(tempfile.mkdtemp(prefix="benchmarks-"))
-        self._tree = self._folder / "tree"
-        self._git("worktree", "add", "--quiet", "--detach", str(self._tree), self._ref)
+        with contextlib.ExitStack() as leaving:  # where something fails in between, too
+            folder = Path(tempfile.mkdtemp(prefix="benchmarks-"))
+            leaving.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._tree = folder / "tree"
+            self._git("worktree", "add", "--quiet", "--detach", str(self._tree), self._ref)
+            leaving.callback(self._git, "worktree", "remove", "--force", str(self._tree))
+            self._start()
+            self._leaving = leaving.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._worker.stdin.close()
+        self._worker.wait()
+        self._leaving.close()
+
+    def _start(self) -> None:
         self.commit = self._git("rev-parse", "--short", self._ref).strip()
         # The same benchmarks time both, and the package beside them is the one that is imported.
         shutil.rmtree(self._tree / "benchmarks", ignore_errors=True)
         shutil.copytree(
             machine.ROOT / "benchmarks", self._tree / "benchmarks", ignore=shutil.ignore_patterns("results")
         )
-        environment = {**os.environ, "PYTHONPATH": str(self._tree)}
+        # Without a library it would be timed as plain torch.
+        demanded = {"BBQ_REQUIRE_CPU": "1"} if self._device.type == "cpu" else {}
+        environment = {**os.environ, **demanded, "PYTHONPATH": str(self._tree)}
         build = [sys.executable, "setup.py", "-q", "build_libraries", "--inplace"]
         done = subprocess.run(build, cwd=self._tree, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -51,13 +67,6 @@ class Base:
         self._worker = subprocess.Popen(
             command, cwd=self._tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._worker.stdin.close()
-        self._worker.wait()
-        self._git("worktree", "remove", "--force", str(self._tree))
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def prepare(self, operator: Operator, case: Case, backward: bool) -> timing.Remote:
         self._ask(

@@ -12,7 +12,7 @@ import torch
 from benchmarks import machine
 from benchmarks.base import Base
 from benchmarks.registry import DIRECTIONS, OURS, Case, Operator, Unavailable
-from benchmarks.timing import Call, Samples, measure
+from benchmarks.timing import Call, Remote, Samples, measure
 
 GEMM = "GEMM"
 GEMM_SIZE = 2048
@@ -164,7 +164,7 @@ def _row(
 
 def _peak(call: Call, device: torch.device) -> int | None:
     call()  # what is allocated once does not count
-    return machine.peak_extra_bytes(call, device)
+    return None if isinstance(call, Remote) else machine.peak_extra_bytes(call, device)  # that is another process's
 
 
 def _gemm_size(options: Options) -> int:

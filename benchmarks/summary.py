@@ -22,6 +22,8 @@ def tables(paths: Sequence[Path]) -> str:
     for path in paths:
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["dtype"] == DTYPE]
+    if len(devices := sorted({row["device"] for row in rows})) > 1:
+        raise ValueError(f"paths: got files of {len(devices)} machines ({'; '.join(devices)}), expected those of one")
     return "\n\n".join(_table([row for row in rows if row["operator"] == name], name) for name in OPERATORS)
 
 

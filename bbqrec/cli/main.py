@@ -63,7 +63,8 @@ class HistoryCommand(TyperCommand):
         starts = [n for n, token in enumerate(args) if token.partition("=")[0] == "--history"]
         if starts:
             before, _, _ = self.make_parser(ctx).parse_args(args[: starts[-1]])
-            if before.get("items"):
+            items = before.get("items")
+            if isinstance(items, (list, tuple)) and items:  # click 8.3 has an object for none, which is true
                 raise typer.BadParameter("write all items after one --history, e.g. --history A B C or --history A,B,C")
         return super().parse_args(ctx, args)
 

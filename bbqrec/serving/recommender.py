@@ -18,6 +18,7 @@ from bbqrec.models.tiger import Tiger
 from bbqrec.tokenizer.item_encoder import ItemEncoder
 from bbqrec.tokenizer.semantic_ids import CODES, SemanticIDs
 from bbqrec.training.run import Run, damage_named, versions
+from bbqrec_kernels import _library
 
 NEW_ITEMS = "new_items.parquet"
 BATCH_HISTORIES = 256  # that are scored at once, at most
@@ -251,7 +252,7 @@ class BBQRec:
                 It needs a C++ compiler, and takes about a minute.
 
         Raises:
-            ValueError: a wrong `k` or name, or a model that searches (TIGER).
+            ValueError: a wrong `k` or name, a model that searches (TIGER), or operators without a compiled library.
         """
         from bbqrec.serving.export import Program, export  # loads torch.export, which takes a second
 
@@ -262,6 +263,8 @@ class BBQRec:
             raise ValueError("export: TIGER's search has no fixed shapes, so it cannot be exported; fit model 'bbqrec'")
         if not 1 <= k <= len(self.item_ids):
             raise ValueError(f"k: got {k}, expected 1 to {len(self.item_ids)}, the number of items")
+        if _library.CPU.blocker:
+            raise ValueError(f"export: needs the compiled library of bbqrec_kernels, but {_library.CPU.blocker}")
         about = {
             "items": self.item_ids,
             "titles": self.titles,

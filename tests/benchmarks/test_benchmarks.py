@@ -4,13 +4,14 @@ import csv
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__, machine, plots, residual_quantization, runner, timing
+from benchmarks import __main__, machine, plots, residual_quantization, runner, summary, timing
 from benchmarks.base import Base
 from benchmarks.registry import DIRECTIONS, OURS, Unavailable, operators
 from benchmarks.runner import Options, Row
@@ -131,9 +132,26 @@ def test_peak_memory_is_that_of_the_call() -> None:
     assert machine.peak_extra_bytes(lambda: None, CPU) < 0.1 * size
 
 
-def test_base_that_does_not_exist_is_named() -> None:
+def test_base_that_does_not_exist_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = benchmarks("rq", "--quick", "--base", "no-such-commit", succeeds=False)
     assert "--base: got 'no-such-commit'" in output
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="--base: got 'no-such-commit'"), Base("no-such-commit", CPU):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_another_process_is_not_told() -> None:
+    assert runner._peak(timing.Remote(lambda repeats: 0.0), CPU) is None
+    assert runner._peak(lambda: None, CPU) is not None
+
+
+def test_tables_do_not_mix_machines(tmp_path: Path) -> None:
+    (path,) = (ROOT / "benchmarks" / "results").glob("rq_cpu_*.csv")
+    (tmp_path / "other.csv").write_text(path.read_text().replace("cpu x86_64", "cpu arm64"))
+    assert summary.tables([path])
+    with pytest.raises(ValueError, match="paths: got files of 2 machines"):
+        summary.tables([path, tmp_path / "other.csv"])
 
 
 def test_unknown_group_is_named() -> None:

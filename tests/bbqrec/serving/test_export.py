@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from bbqrec import BBQRec, fit
 from bbqrec.cli.main import app
+from bbqrec_kernels import _library
 
 ROOT = Path(__file__).parents[3]
 
@@ -172,6 +173,12 @@ def test_without_a_compiler_nothing_is_compiled(sasrec_run, tmp_path):
     with no_compiler, pytest.raises(ValueError, match=r"compiled: AOTInductor failed \(.*\); export without it"):
         BBQRec.load(sasrec_run.folder).export(tmp_path / "program.pt2", compiled=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_library_it_is_one_sentence(sasrec_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "CPU", _library.Library("_C", None, "the CPU library was not built: no compiler"))
+    with pytest.raises(ValueError, match=r"export: needs the compiled library .* not built: no compiler"):
+        BBQRec.load(sasrec_run.folder).export(tmp_path / "x.pt2")
 
 
 def test_tiger_is_refused(tiger_run, tmp_path):

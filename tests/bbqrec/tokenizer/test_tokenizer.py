@@ -253,6 +253,17 @@ def test_a_batch_without_any_image_is_fine(batch):
     assert all(loss.isfinite() for loss in losses.values()), losses
 
 
+def test_a_step_without_any_content_is_fine(batch):
+    model = tokenizer(absent=range(15))
+    for m in range(len(model.modalities)):
+        model.present(m)[ITEMS] = False
+    for loss in (model.estimator_loss(ITEMS), sum(model.losses(ITEMS, batch).values())):
+        assert loss.isfinite()
+        loss.backward()
+    assert all(not parameter.grad.any() for parameter in model.mutual_information.parameters())
+    assert model.behaviour.weight.grad.coalesce().values().any()
+
+
 def test_standardize_centres_present_rows_only():
     values, present = standardize(features(absent=[3, 9])["image"])
     torch.testing.assert_close(values[present].mean(0), torch.zeros(5), atol=1e-6, rtol=0)

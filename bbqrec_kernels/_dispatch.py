@@ -74,9 +74,16 @@ def _cuda_blocker(device: torch.device) -> str | None:
     return _architecture_blocker(device.index) if device.type == "cuda" else f"the tensors are on {device.type}"
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def _architecture_blocker(index: int | None) -> str | None:
+    return _reason_of_architecture(index)
+
+
+# What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo here.
+_architecture_blocker._dynamo_marked_constant = True
+
+
+@functools.cache
+def _reason_of_architecture(index: int | None) -> str | None:
     if not torch.cuda.is_available():  # traced here, to run elsewhere
         return None
     capability = torch.cuda.get_device_capability(index)

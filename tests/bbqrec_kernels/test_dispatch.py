@@ -1,5 +1,6 @@
 """Which implementation is chosen, and when it is said that it is the slow one."""
 
+import os
 import warnings
 
 import pytest
@@ -71,13 +72,22 @@ def test_a_gpu_that_the_cuda_library_has_no_code_for(monkeypatch: pytest.MonkeyP
         tensor = torch.empty(2, device="cuda")
     for capability, chosen in (((7, 5), "triton"), ((8, 6), "cuda")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
-        _dispatch._architecture_blocker.cache_clear()
+        _dispatch._reason_of_architecture.cache_clear()
         assert _dispatch.choose("op", "auto", tensor) == chosen
         if chosen == "triton":
             reason = "built for architectures 80;90a-real, and this GPU has compute capability 7.5; choose another"
             with pytest.raises(ValueError, match=reason):
                 _dispatch.choose("op", "cuda", tensor)
-    _dispatch._architecture_blocker.cache_clear()
+    _dispatch._reason_of_architecture.cache_clear()
+
+
+def test_compiled_code_asks_for_the_architecture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(index: int) -> str:
+        return f"{index}: {os.listdir('.')}"  # nothing that torch.compile could trace
+
+    monkeypatch.setattr(_dispatch, "_reason_of_architecture", ask)
+    traced = torch.compile(lambda x: (x + 1, _dispatch._architecture_blocker(3)), fullgraph=True, backend="eager")
+    assert traced(torch.ones(1))[1] == ask(3)
 
 
 def test_triton_runs_on_no_gpu_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,12 +48,16 @@ def test_no_kernel_costs_more_than_recorded(architecture: int) -> None:
 @pytest.mark.check
 @pytest.mark.parametrize("architecture", [86, 120])
 def test_every_tile_fits_cards_for_workstations(architecture: int) -> None:
-    """Their blocks may have 99 KiB of shared memory: Triton only says when it launches that this is not enough."""
+    """Their blocks may have 99 KiB of shared memory: Triton only says when it launches that this is not enough.
+
+    For one of them all kernels, for the other those that need the most: compiling takes minutes.
+    """
     if not importlib.util.find_spec("triton"):
         pytest.skip("no Triton: pip install triton")
     code = f"""
 from benchmarks import static
-for case in (*static.triton_cases({architecture}), *static.widest_attention_cases({architecture})):
+cases = [*static.triton_cases({architecture}), *static.widest_attention_cases({architecture})]
+for case in cases if {architecture} == 120 else [c for c in cases if "D=512" in c.name or "D=256" in c.name]:
     print(static.compile_triton(case, {architecture}).metadata.shared, case.kernel.__name__, case.name)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

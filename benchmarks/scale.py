@@ -235,7 +235,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes, (column, label) in zip(
         figure.subplots(1, 2), (("seconds", "seconds"), ("peak_mb", "peak memory, MB")), strict=True
     ):
-        for stage in STAGES:
+        for stage in dict.fromkeys(row["step"] for row in rows):
             of_stage = [row for row in rows if row["step"] == stage]
             axes.loglog([row["items"] for row in of_stage], [row[column] for row in of_stage], marker=".", label=stage)
         axes.set(xlabel=f"items, with {rows[0]['interactions'] // rows[0]['items']} interactions each", ylabel=label)

@@ -105,10 +105,8 @@ def require_writable(folder: Path) -> None:
 def held(folder: Path, argument: str = "out") -> Iterator[None]:
     """Holds a folder, which can be written: raises `ValueError` where another call does, in this process or another.
 
-    `argument` is the name of what a caller gave.
-
     It ends with the process, and those that it forked, whatever ends them. On systems and disks without locks nothing
-    is held.
+    is held. `argument` is what the error calls the folder.
     """
     path = folder / LOCK
     with _closed_folder_named(folder, LOCK):

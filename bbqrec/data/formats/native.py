@@ -3,10 +3,10 @@
     interactions.parquet|csv         columns `user`, `item` and, optionally, `timestamp`: a number, or a date, which
                                      becomes seconds since 1970. Fractions count for the order, and are not kept.
                                      Without times, and for equal ones, rows are oldest first.
-    items.parquet|csv                optional: `item`, and any text columns; `title` is what people see. Lists of
-                                     texts are joined by commas. It fixes the
+    items.parquet|csv                optional: `item`, and any text columns; `title` is what people see. It fixes the
                                      catalogue and its order, items without interaction included. Without it the items
-                                     are those of the interactions, in order of appearance.
+                                     are those of the interactions, in order of appearance. Categories are texts, and
+                                     lists of texts are joined by commas.
     features/<modality>.npy          `(rows, width)` numbers, with
     features/<modality>.items.txt    the item of each row, one a line (UTF-8). Items without a row lack the modality;
                                      rows of items that are not in the catalogue are left out, if they are not most.

@@ -106,7 +106,12 @@ class TrainingConfig(Section):
     )
     batch_tokens: int = Field(512, ge=1, description="interactions per step")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="of AdamW, at first")
-    weight_decay: float = Field(0.5, ge=0, description="of AdamW, on all weights: times the learning rate, each step")
+    weight_decay: float = Field(
+        0.5,
+        ge=0,
+        description="of AdamW, on all weights, each step, times the learning rate; with sampled_items only on the item "
+        "IDs that the step has",
+    )
 
 
 # Where a model's defaults are others than the fields': of the options that nobody set.

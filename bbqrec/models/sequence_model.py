@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,6 +88,18 @@ class SequenceModel(nn.Module):
                 self.channels = attention_channels(self.codes.shape[1], config, semantic_ids.is_shared)
                 buckets = self.codes.shape[2] + 1
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
+
+    def forget_ids(self, seen: np.ndarray) -> None:
+        """Zeroes `id_i` of all items but those `seen` in training, where content or features give them vectors.
+
+        Others have learned nothing but to be unlikely: like added items, they are what their content says.
+        """
+        if self.item_id is None or not (self.has_content or self.config.features):
+            return
+        with torch.no_grad():
+            unseen = torch.ones(self.n_trained, dtype=torch.bool, device=self.item_id.device)
+            unseen[torch.from_numpy(seen)] = False
+            self.item_id[unseen] = 0
 
     def add_items(self, codes: Tensor | None, features: Tensor | None) -> None:
         """Appends items that training did not know. Their vectors are what their content says: `id_i` is zero.

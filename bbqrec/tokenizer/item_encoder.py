@@ -73,9 +73,11 @@ def read_encoders(path: Path, widths: list[int], config: TokenizerConfig) -> lis
 
 
 def model_features(standardized: list[Tensor], directions: Tensor | None = None) -> Tensor:
-    """What `model.features` reads: all feature sets `(N, F)` side by side, rows of about unit norm, in `directions`."""
-    values = torch.cat(standardized, dim=1)
-    values = values / values.shape[1] ** 0.5
+    """What `model.features` reads: all feature sets `(N, F)` side by side, in `directions`.
+
+    Rows are of about unit norm, and every feature set has the same part in that, however wide it is.
+    """
+    values = torch.cat([rows / (len(standardized) * rows.shape[1]) ** 0.5 for rows in standardized], dim=1)
     return values if directions is None else values @ directions
 
 

@@ -354,8 +354,10 @@ def _fit_sequence_model(job: _Job, semantic_ids: SemanticIDs | None) -> Sequence
     module.load_state_dict(best.pop("state_dict"))
     job.say(f"sequence model: best of {best['epochs_run']} epochs is number {best['epoch'] + 1}")
     model = model.cpu().eval()
-    if isinstance(model, SequenceModel) and model.similarity_weight is not None:
-        _choose_similarity(job, model)
+    if isinstance(model, SequenceModel):
+        model.forget_ids(job.split.train_items)
+        if model.similarity_weight is not None:
+            _choose_similarity(job, model)
     return model
 
 

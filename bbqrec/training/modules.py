@@ -119,7 +119,7 @@ class TokenizerModule(EpochSeeded):
         self.log_epoch({"train/loss": total.detach()}, len(batch.items), prog_bar=True)
 
     def _revive_codewords(self) -> None:
-        """Every `revive_after` steps, so that what moved is trained before codes are taken."""
+        """Every `revive_after` steps."""
         self.tokenizer.steps += 1
         if self.config.revive_after and self.tokenizer.steps % self.config.revive_after == 0:
             moved = self.tokenizer.revive_codewords()

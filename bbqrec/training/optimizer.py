@@ -67,7 +67,8 @@ class RowwiseAdamW(torch.optim.AdamW):
         square = state["exp_avg_sq"][rows].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         for name, value in (("step", steps), ("exp_avg", mean), ("exp_avg_sq", square)):
             state[name].index_copy_(0, rows, value)
-        share = steps / state["steps_of_all"]
+        # Of AdamW's mean of squares for a row that every r-th step has: (1 - b) (1 + b^r + b^2r + ...) = share.
+        share = (1 - second) / (1 - second ** (state["steps_of_all"] / steps))
         size = (square / (1 - second**steps) * share).sqrt_().add_(options["eps"])
         moved = table[rows] * (1 - rate * options["weight_decay"]) - rate * (mean / (1 - first**steps)) / size
         table.index_copy_(0, rows, moved)

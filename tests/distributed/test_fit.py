@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -312,8 +313,13 @@ def test_items_shared_out_resume_with_any_number_of_processes(data: Dataset, tmp
         ends = [load_file(folder / name / "model.safetensors") for name in ("undisturbed", "interrupted")]
         for name, value in ends[0].items():
             assert torch.equal(ends[1][name], value), f"{case}: {name}"
-        alone = fit(data, folder / "left", config=Config().override(options), progress=False)
-        assert len(read_log(alone.folder / "logs" / "sequence_model")) == 3
+        shutil.copytree(folder / "left", folder / "for three")
+        fit(data, folder / "left", config=Config().override(options), progress=False)
+        launch(3, FIT, data.path, folder / "for three", "bbqrec", json.dumps(options))  # who agree, or it fails
+        for name in ("left", "for three"):
+            assert len(read_log(folder / name / "logs" / "sequence_model")) == 3
+            checkpoint = torch.load(folder / name / "checkpoints" / "sequence_model" / "last.ckpt", weights_only=True)
+            assert checkpoint["state_dict"]["model.item_id"].shape == (data.n_items, 16)
     runs = [Run(tmp_path / "runs" / name / "undisturbed") for name in ("sampled", "sampled, whole")]
     assert_alike(*runs)
 

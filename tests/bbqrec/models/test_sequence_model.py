@@ -346,3 +346,22 @@ def test_sampled_losses_come_near_the_full_one_and_learn_the_same():
     assert torch.stack(losses).mean().item() == pytest.approx(full.loss(batch).item(), rel=0.05)
     found, true = sampled.item_id.grad.to_dense() / 100, full.item_id.grad
     assert torch.cosine_similarity(found.flatten(), true.flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("options", [{}, {"content": False, "features": torch.randn(N_ITEMS, 5)}])
+def test_items_without_training_are_what_their_content_says(options):
+    ranker = model(**options)
+    before, ids = ranker.item_vectors(), ranker.item_id.detach().clone()
+    seen = np.setdiff1d(np.arange(N_ITEMS), [4, 17])
+    ranker.forget_ids(seen)
+    after = ranker.item_vectors()
+    assert torch.equal(after[seen], before[seen])
+    torch.testing.assert_close(after[[4, 17]], (before - ids)[[4, 17]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"ids": None}, {"content": False}, {"item_id": False}])
+def test_what_has_ids_alone_or_none_is_left_as_it_is(options):
+    ranker = model(**options)
+    before = ranker.item_vectors()
+    ranker.forget_ids(np.arange(3))
+    assert torch.equal(ranker.item_vectors(), before)

@@ -1,4 +1,4 @@
-"""`principal_directions` against a singular value decomposition."""
+"""What the sequence model reads of features: `principal_directions` against a singular value decomposition."""
 
 import numpy as np
 import pytest
@@ -42,3 +42,11 @@ def test_products_of_features_stay_where_no_direction_is_lost(features):
 @pytest.mark.parametrize("width", [16, 17, None])
 def test_none_where_all_are_read(features, width):
     assert principal_directions(features, width) is None
+
+
+def test_each_modality_has_the_same_part_in_it_however_wide_it_is(features):
+    text, image = (block.square().sum(1) for block in catalogue_features(features).split([12, 4], dim=1))
+    there = torch.from_numpy(features["text"].present)
+    assert text[there].mean().item() == pytest.approx(0.5)
+    assert image.mean().item() == pytest.approx(0.5)
+    assert not text[~there].any()

@@ -191,6 +191,18 @@ def test_the_search_for_similarity_finds_the_peak(best, chosen, bbqrec_run, monk
     assert found == pytest.approx(chosen)
 
 
+def test_items_that_nobody_took_in_training_are_what_their_content_says(tiny_data, tiny_config, tmp_path):
+    newcomer = 7
+    lists = [[item for item in row if item != newcomer] for row in tiny_data.histories]
+    data = replace(tiny_data, histories=Histories.from_lists([*lists[1:], [*lists[0], newcomer]]))
+    config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
+    run = fit(data, tmp_path / "run", config=config, progress=False)
+    assert newcomer in run.split.test.targets
+    cold = np.setdiff1d(np.arange(data.n_items), run.split.train_items)
+    assert newcomer in cold
+    assert (run.model.item_id == 0).all(1).nonzero()[:, 0].tolist() == cold.tolist()
+
+
 def test_similarity_that_does_not_help_is_left_out(tiny_data, tiny_config, tmp_path):
     noise = {
         name: replace(each, values=np.random.default_rng(0).standard_normal(each.values.shape).astype(np.float32))

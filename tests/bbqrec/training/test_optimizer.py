@@ -16,7 +16,8 @@ STEPS = [[0, 3], [3], [3, 1], [0, 3]]  # rows of each step; 2 and 4 have none
 
 def step_alone(optimizer: torch.optim.AdamW, options: dict, steps: int, steps_of_all: int) -> None:
     """A step whose mean of squares counts those without this row as well: it is as much smaller."""
-    factor = (steps_of_all / steps) ** 0.5
+    _, beta = options.get("betas", (0.9, 0.999))
+    factor = ((1 - beta ** (steps_of_all / steps)) / (1 - beta)) ** 0.5
     (group,) = optimizer.param_groups
     group |= {"lr": options["lr"] * factor, "weight_decay": options["weight_decay"] / factor}
     group["eps"] = options["eps"] * factor
@@ -142,3 +143,21 @@ def test_seldom_seen_rows_end_where_adam_takes_them():
     options = {"lr": 0.01, "weight_decay": 0.0}
     rowwise = end(lambda table: RowwiseAdamW([], [table], **options))
     torch.testing.assert_close(rowwise, end(lambda table: torch.optim.AdamW([table], **options)), rtol=0.1, atol=0)
+
+
+def test_a_row_first_seen_late_goes_no_further_than_adam_takes_it():
+    """AdamW's mean of squares forgets: after thousands of steps without the row it is what one step makes it."""
+
+    def end(optimizer_of, steps_after: int) -> torch.Tensor:
+        table = nn.Parameter(torch.zeros(2, 1))
+        optimizer = optimizer_of(table)
+        for step in range(5000 + steps_after):
+            optimizer.zero_grad()
+            table[[0 if step != 4999 else 1]].sum().backward()
+            optimizer.step()
+        return table.detach()[1]
+
+    options = {"lr": 0.01, "weight_decay": 0.0}
+    rowwise = end(lambda table: RowwiseAdamW([], [table], **options), 0)
+    adam = end(lambda table: torch.optim.AdamW([table], **options), 100)
+    torch.testing.assert_close(rowwise, adam, rtol=0.03, atol=0)

@@ -94,7 +94,7 @@ def find_tool(name: str, folder_attribute: str) -> str:
 def check_compiler() -> None:
     """Looks where CMake looks, so that its absence is a plain sentence."""
     if named := os.environ.get("CXX"):
-        if not shutil.which(shlex.split(named)[0]):
+        if not (shutil.which(named) or shutil.which(shlex.split(named)[0])):  # one with a space, or with options
             raise NotBuilt(f"no C++ compiler: CXX names {named!r}, which does not exist")
     elif not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise NotBuilt("no C++ compiler on the PATH (c++, g++ or clang++)")

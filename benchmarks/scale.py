@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="catalogue sizes")
     parser.add_argument("--interactions-per-item", type=int, default=10)
     parser.add_argument("--steps", nargs="+", choices=STAGES, default=list(STAGES), metavar="STEP", help="default: all")
-    parser.add_argument("--csv", type=Path, help="where the rows go, and a plot beside them")
+    parser.add_argument("--csv", type=Path, help="where the rows go, beside those of other steps, and a plot of all")
     arguments = parser.parse_args()
 
     import torch
@@ -257,7 +257,10 @@ def main() -> None:
     from benchmarks.machine import commit
 
     made = {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
-    rows = []
+    rows: list[dict] = []
+    if arguments.csv and arguments.csv.is_file():  # of other steps and sizes, which stay
+        measured = {(n_items, stage) for n_items in arguments.items for stage in arguments.steps}
+        rows = [row for row in pl.read_csv(arguments.csv).to_dicts() if (row["items"], row["step"]) not in measured]
     for n_items in arguments.items:
         n_interactions = n_items * arguments.interactions_per_item
         with tempfile.TemporaryDirectory() as parent:
@@ -272,6 +275,7 @@ def main() -> None:
                 what = {"units": units, "of": UNITS.get(stage, "interactions")}
                 costs = {"seconds": round(seconds, 2), "per_million": round(seconds / units * 1e6, 1), "peak_mb": peak}
                 rows.append({"items": n_items, "interactions": n_interactions, "step": stage, **what, **costs, **made})
+                rows.sort(key=lambda row: (row["items"], list(STAGES).index(row["step"])))
                 print(
                     f"{n_items:>9,} items  {stage:<18} {seconds:9.2f} s  "
                     f"{costs['per_million']:9.1f} s a million {what['of']:<12} {peak:6} MB",

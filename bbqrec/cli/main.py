@@ -564,7 +564,8 @@ def _print_tokenizer_figures(figures: dict[str, Any]) -> None:
     ]
     _print_table("Codebooks, and what each level leaves of the vectors", rows)
     for name, share in figures["reconstruction"].items():
-        typer.echo(f"{name} features explained by codes and specific part: {share:.1%}")
+        explained = "nothing, all items are alike" if share is None else f"{share:.1%}"
+        typer.echo(f"{name} features explained by codes and specific part: {explained}")
     typer.echo(f"Items whose codes another item has as well: {figures['collision_rate']:.1%}")
     if figures["agreement"] is not None:
         typer.echo(f"Items whose modalities agree on the first code: {figures['agreement']:.1%}")

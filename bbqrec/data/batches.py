@@ -132,7 +132,8 @@ class PrefixBatches(TrainingBatches):
     In a batch each sequence is such a prefix; what follows it is the target at its last position. There are as many
     prefixes as transitions, and a long history has many long ones: where there are more than `PREFIXES_A_HISTORY`
     for every history with a transition, a pass over all of them takes several epochs, each with an equal share, so that
-    validation is not rare. All else is as in `TrainingBatches`; the average tokens a batch are those of a pass.
+    validation is not rare. All else is as in `TrainingBatches`; the average tokens a batch are those of a pass, so a
+    batch may have somewhat more.
     """
 
     def _inputs(self, histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +143,7 @@ class PrefixBatches(TrainingBatches):
         return np.maximum(first, stops - max_length), stops
 
     def _epochs_of_a_pass(self) -> int:
-        return max(1, round(len(self.starts) / (PREFIXES_A_HISTORY * int((self.histories.lengths > 1).sum()))))
+        return -(-len(self.starts) // (PREFIXES_A_HISTORY * int((self.histories.lengths > 1).sum())))
 
 
 def _windows(histories: Histories, max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -250,7 +250,7 @@ class Dataset:
 
     def with_features(self, modality: str, features: Features) -> Dataset:
         """A copy with these features, in place of those it may have in `modality`; row `i` belongs to item `i`."""
-        return replace(self, features={**self.features, modality: features})
+        return replace(self, path=None, features={**self.features, modality: features})  # nobody finds it there
 
     def with_features_of(self, other: Dataset, modality: str) -> Dataset:
         """A copy with the features that `other` has in `modality`, joined by item ID; items it lacks are absent.

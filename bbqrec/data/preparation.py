@@ -97,6 +97,7 @@ def _subset(data: Dataset, interactions: np.ndarray, users: np.ndarray, items: n
     lengths = np.bincount(_users(data)[interactions], minlength=data.n_users)[users]
     return replace(
         data,
+        path=None,  # whose data set is another one
         item_ids=[data.item_ids[i] for i in chosen],
         user_ids=[data.user_ids[u] for u in np.flatnonzero(users)],
         histories=replace(

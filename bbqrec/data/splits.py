@@ -47,8 +47,11 @@ class Split:
 
     @cached_property
     def train_items(self) -> np.ndarray:
-        """Items that occur in training, sorted; held-out targets that are not among them are cold."""
-        return np.unique(self.train.items)
+        """Items of the histories that training reads, sorted; held-out targets that are not among them are cold.
+
+        A history of one item has no transition, and is not read.
+        """
+        return np.unique(self.train.items[np.repeat(self.train.lengths > 1, self.train.lengths)])
 
 
 def leave_one_out(data: Dataset) -> Split:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def with_text_features(data: Dataset) -> Dataset:
     if "text" in data.features or not data.texts:
         return data
     features = tfidf_svd([data.text(i) for i in range(data.n_items)])
-    return data if features is None else data.with_features("text", features)
+    return data if features is None else replace(data, features={**data.features, "text": features})
 
 
 def tfidf_svd(texts: list[str], width: int = WIDTH) -> Features | None:

@@ -90,16 +90,20 @@ class SequenceModel(nn.Module):
                 self.tables = nn.Parameter(torch.zeros(config.layers, len(self.channels), config.heads, buckets))
 
     def forget_ids(self, seen: np.ndarray) -> None:
-        """Zeroes `id_i` of all items but those `seen` in training, where content or features give them vectors.
+        """Zeroes `id_i` of all items but those `seen` in training and those without codes and features.
 
-        Others have learned nothing but to be unlikely: like added items, they are what their content says.
+        They have learned nothing but to be unlikely: like added items, they are what their content says, if anything.
         """
-        if self.item_id is None or not (self.has_content or self.config.features):
+        if self.item_id is None:
             return
+        described = torch.zeros(self.n_trained, dtype=torch.bool, device=self.item_id.device)
+        if self.has_content:
+            described |= (self.codes[: self.n_trained] >= 0).flatten(1).any(1)
+        if self.features is not None:
+            described |= self.features[: self.n_trained].any(1)
+        described[torch.from_numpy(seen)] = False
         with torch.no_grad():
-            unseen = torch.ones(self.n_trained, dtype=torch.bool, device=self.item_id.device)
-            unseen[torch.from_numpy(seen)] = False
-            self.item_id[unseen] = 0
+            self.item_id[described] = 0
 
     def add_items(self, codes: Tensor | None, features: Tensor | None) -> None:
         """Appends items that training did not know. Their vectors are what their content says: `id_i` is zero.

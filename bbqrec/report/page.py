@@ -128,7 +128,10 @@ def _codebooks(facts: dict[str, Any]) -> str:
         for n in levels
     ]
     kind = "shared by all modalities" if books["shared"] else "one set for each modality; figures are their means"
-    rest = [f"{name}: {_percent(share)}" for name, share in books["reconstruction"].items()]
+    rest = [
+        f"{name}: {'nothing to explain' if share is None else _percent(share)}"
+        for name, share in books["reconstruction"].items()
+    ]
     said = [f"Share of the features that codes and specific part explain: {', '.join(rest)}."]
     if books["agreement"] is not None:
         share = _percent(books["agreement"])

@@ -86,8 +86,9 @@ def recommend_all(model: BBQRec, requests: Iterable[Request], k: int, **options:
 def add_items_of(model: BBQRec, path: Path) -> list[str]:
     """Adds the items of a table, or of a folder in the native format, and returns their names.
 
-    Their features are those of the folder, made as those of the data set were; texts count where the run's features
-    were made of texts and the folder has none. Raises `ValueError` as `BBQRec.add_items` does, and for faults in files.
+    Their features are those of the folder that the run uses, made as those of the data set were; texts count where the
+    run's features were made of texts and the folder has none. Raises `ValueError` as `BBQRec.add_items` does, and for
+    faults in files.
     """
     folder = path if path.is_dir() else None
     items, texts = native.read_items(path if folder is None else native.items_file(folder))
@@ -97,7 +98,11 @@ def add_items_of(model: BBQRec, path: Path) -> list[str]:
         items,
         titles=texts.get("title"),
         texts=[joined(column[i] for column in texts.values()) for i in range(len(items))] if reads_texts else None,
-        features={name: np.where(each.present[:, None], each.values, np.nan) for name, each in features.items()},
+        features={
+            name: np.where(each.present[:, None], each.values, np.nan)
+            for name, each in features.items()
+            if name in model.modalities
+        },
     )
     return items
 

@@ -125,6 +125,11 @@ class BBQRec:
         self._append(items, titles, encoded.codes, encoded.features)
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """The feature sets that `add_items` takes. Raises `ValueError` where it takes nothing."""
+        return tuple(self._item_encoder().standardizations)
+
+    @property
     def reads_texts(self) -> bool:
         """Whether `add_items` takes texts. Raises `ValueError` where it takes nothing."""
         return self._item_encoder().words is not None
@@ -214,6 +219,8 @@ class BBQRec:
         if candidates is not None:
             is_candidate[[self.item_index(item) for item in candidates]] = True
         total = int(is_candidate.sum())
+        if total == 0:
+            raise ValueError("candidates: got none, expected at least one item id")
         for n, items in enumerate(indices):
             removed = 0 if keep_history else int(is_candidate[sorted(set(items))].sum())
             if not 1 <= k <= total - removed:
@@ -294,7 +301,7 @@ class BBQRec:
     def _indices(self, n: int, history: Sequence[str]) -> list[int]:
         if isinstance(history, str) or not all(isinstance(item, str) for item in history):
             raise TypeError(f"histories: got {history!r} at position {n}, expected a list of item ids (strings)")
-        if not history:
+        if len(history) == 0:  # of an array, too
             raise ValueError(f"histories: history {n} is empty, expected at least one item id")
         return [self.item_index(item) for item in history]
 

@@ -199,7 +199,8 @@ class Tokenizer(nn.Module):
         """What quantization keeps, by modality, over all items that have it.
 
         `residual`: after each level, the share of the squared length of `z` that its codes do not explain.
-        `reconstruction`: the share of the features' variance that the decoder gives back, from codes and `u`.
+        `reconstruction`: the share of the features' variance that the decoder gives back, from codes and `u`; None of
+        features without any.
         """
         residual, reconstruction = {}, {}
         for m, name in enumerate(self.modalities):
@@ -208,8 +209,8 @@ class Tokenizer(nn.Module):
             result = residual_quantize(z, self.codebook(m))
             residual[name] = (result.commitment_loss / z.square().mean()).tolist()
             parts = [result.quantized, *(specific(x) for specific in self.specific[m : m + 1])]
-            error = F.mse_loss(self.decoders[m](torch.cat(parts, -1)), x) / x.square().mean().clamp_min(1e-12)
-            reconstruction[name] = 1 - error.item()
+            error, variance = F.mse_loss(self.decoders[m](torch.cat(parts, -1)), x), x.square().mean()
+            reconstruction[name] = 1 - (error / variance).item() if variance else None
         return {"residual": residual, "reconstruction": reconstruction}
 
     def _quantize(self, zs: list[Tensor], losses: dict[str, Tensor]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from bbqrec.processes import first_does, is_first, rank_and_world, together
 from bbqrec.tokenizer.item_encoder import (
     FEATURES,
     TOKENIZER,
+    WORDS,
     catalogue_features,
     principal_directions,
     read_preparation,
@@ -285,7 +286,8 @@ def _claim(folder: Path, data: Dataset, config: Config, holding: ExitStack) -> N
     if changed and _has_trained(folder):
         raise ValueError(f"out: {folder} holds a run with other options, {', '.join(changed)}; choose another folder")
     if changed:  # as where the former ones took too much memory
-        (folder / FEATURES).unlink(missing_ok=True)
+        for name in (FEATURES, WORDS):
+            (folder / name).unlink(missing_ok=True)
         config.save(folder / "config.yaml")
     if not run.finished:
         remove_temporaries(folder)
@@ -373,7 +375,8 @@ def _choose_similarity(job: _Job, model: SequenceModel) -> None:
     weight, decay, without, best = best_similarity(found)
     model.similarity_weight.fill_(weight)
     model.similarity_decay.fill_(decay)
-    job.say(f"similarity to the history: weight {weight:g}, validation ndcg@10 {without:.4f} without", end=" ")
+    amount = f"weight {weight:g}, decay {decay:g}" if weight else "none"
+    job.say(f"similarity to the history: {amount}, validation ndcg@10 {without:.4f} without", end=" ")
     job.say(f"and {best:.4f} with it")
 
 

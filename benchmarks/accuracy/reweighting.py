@@ -240,6 +240,7 @@ def measure(
     options = config.training
     best = train(module, Stage(folder, "sequence_model", options.epochs, options.patience, options.decay_after))
     module.load_state_dict(best["state_dict"])
+    model.forget_ids(split.train_items)
     facts = {"epochs": best["epoch"] + 1, "seconds": round(time.perf_counter() - started, 1)}
     model.eval()
     tables = {name: table.abs().max().item() for name, table in model.own_tables.items()}

@@ -10,6 +10,8 @@ import polars as pl
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from bbqrec.data.files import atomically
+
 FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))  # of data sets
 RESULTS = FOLDER.parent / "results" / "accuracy"
@@ -59,9 +61,8 @@ class Runs(BaseModel):
     def load(cls, name: str, csv: Path | None = None) -> Runs:
         """Reads `<name>.yaml` here, and the rows of a CSV file, by default that of the results."""
         csv = csv or RESULTS / f"{name}.csv"
-        rows = pl.read_csv(csv, infer_schema_length=None) if csv.is_file() else pl.DataFrame()
         values: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-        return cls(**values, name=name, csv=csv, rows=rows)
+        return cls(**values, name=name, csv=csv, rows=_rows_of(csv))
 
     @classmethod
     def load_grid(cls, name: str, csv: Path | None = None) -> Runs:
@@ -82,11 +83,16 @@ class Runs(BaseModel):
         return self.rows if self.rows.is_empty() else self.rows.filter(run=run, split=split).sort("seed")
 
     def add(self, rows: list[dict[str, object]]) -> None:
-        """Adds rows, and writes all: a call that is stopped later has lost none."""
+        """Adds rows to the file, to which another call may have added since: stopped later, it has lost none."""
         new = pl.DataFrame(rows, infer_schema_length=None)
-        self.rows = new if self.rows.is_empty() else pl.concat([self.rows, new], how="diagonal_relaxed")
+        there = _rows_of(self.csv)
+        self.rows = new if there.is_empty() else pl.concat([there, new], how="diagonal_relaxed")
         order = {run: place for place, run in enumerate(self.runs)}
         by_file = pl.col("run").replace_strict(order, default=len(order), return_dtype=pl.Int64)
         self.rows = self.rows.sort(by_file, "seed", "split")
         self.csv.parent.mkdir(parents=True, exist_ok=True)
-        self.rows.write_csv(self.csv)
+        atomically(self.csv, self.rows.write_csv)
+
+
+def _rows_of(csv: Path) -> pl.DataFrame:
+    return pl.read_csv(csv, infer_schema_length=None) if csv.is_file() else pl.DataFrame()

@@ -129,6 +129,15 @@ def test_difference_is_paired_by_seed() -> None:
     assert table.paired(left, right.clear()) == ""
 
 
+def test_two_calls_on_one_file_lose_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "FOLDER", tmp_path)
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump(SHOP, sort_keys=False))
+    one, other = (Runs.load("shop", tmp_path / "rows.csv") for _ in range(2))
+    for call, run in ((one, "bbqrec"), (other, "most-popular"), (one, "bbqrec")):
+        call.add([{"run": run, "seed": len(call.rows), "split": "test"}])
+    assert Runs.load("shop", tmp_path / "rows.csv").rows["run"].to_list() == ["most-popular", "bbqrec", "bbqrec"]
+
+
 def test_table_has_means_differences_and_what_others_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "FOLDER", tmp_path)
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump(SHOP, sort_keys=False))

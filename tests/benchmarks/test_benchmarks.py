@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, machine, plots, residual_quantization, runner, summary, timing
+from benchmarks import __main__, machine, plots, residual_quantization, runner, scale, summary, timing
 from benchmarks.base import Base
 from benchmarks.registry import DIRECTIONS, OURS, Unavailable, operators
 from benchmarks.runner import Options, Row
@@ -41,6 +41,18 @@ def test_one_file_holds_the_rows_of_all_groups(tmp_path: Path, monkeypatch: pyte
     asked.clear()
     __main__.main(["attention", "rq"])
     assert [path.name.partition("_")[0] for _, path in asked] == ["attention", "rq"]
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # to plot: what takes no time
+def test_rows_of_other_steps_and_sizes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scale.csv"
+    for call in ("--items 60 --steps codes import", "--items 50 --steps import", "--items 60 --steps codes"):
+        monkeypatch.setattr(sys, "argv", ["scale", *call.split(), "--csv", str(path)])
+        scale.main()
+    with path.open() as file:
+        rows = [(row["items"], row["step"]) for row in csv.DictReader(file)]
+    assert rows == [("50", "import"), ("60", "import"), ("60", "codes")]
+    assert path.with_suffix(".png").is_file()
 
 
 def test_quick_run_times_every_operator_and_writes_a_row_for_each_provider(tmp_path: Path) -> None:

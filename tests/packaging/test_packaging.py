@@ -123,7 +123,7 @@ def test_wheel_holds_the_packages_the_library_and_nothing_else(dist: Path) -> No
     assert wheel.name.startswith(f"bbqrec-{bbqrec_kernels.__version__}-py3-none-")  # for every Python
     assert not wheel.name.endswith("-any.whl")
     assert "Root-Is-Purelib: false" in wheel_metadata(wheel, "WHEEL")
-    assert "bbqrec = bbqrec.cli.main:app" in wheel_metadata(wheel, "entry_points.txt")
+    assert "bbqrec = bbqrec.cli:run" in wheel_metadata(wheel, "entry_points.txt")
     assert wheel_metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     metadata = wheel_metadata(wheel, "METADATA").partition("\n\n")[0].splitlines()
     assert {f"Version: {bbqrec_kernels.__version__}", "Requires-Dist: torch>=2.10"} <= set(metadata)

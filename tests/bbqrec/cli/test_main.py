@@ -575,6 +575,15 @@ def test_wrong_usage_is_exit_code_2():
     assert call("fly").exit_code == 2
 
 
+@pytest.mark.parametrize(("missing", "code"), [("typer", 1), (None, 0)])
+def test_without_the_recommenders_extra_the_command_says_what_to_install(missing, code):
+    script = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['bbqrec', '--help']; "
+    script += "from bbqrec.cli import run; run()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr == ("bbqrec: 'typer' is not installed; pip install 'bbqrec[models]'\n" if missing else "")
+
+
 def complete(line):
     """What a shell is told that the last word of a line may become."""
     environment = {**os.environ, "_BBQREC_COMPLETE": "complete_bash", "COMP_WORDS": line}

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +115,9 @@ def test_features_of_another_data_set_are_joined_by_item_id(tiny):
         item_ids=["lamp", "vase", "mug", "bench"],
         features={"sound": Features.of_items(np.array([[7], [8], [9]], np.float32), np.array([0, 1, 2]), 4)},
     )
-    joined = tiny.with_features_of(other, "sound").features["sound"]
+    made = replace(tiny, path=Path("shop")).with_features_of(other, "sound")
+    assert made.path is None  # it is not what that folder holds
+    joined = made.features["sound"]
     assert joined.values.tolist() == [[9], [0], [7], [0]]
     assert joined.present.tolist() == [True, False, True, False]
     with pytest.raises(ValueError, match="tiny has no 'smell' features; it has text, image"):

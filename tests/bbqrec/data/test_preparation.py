@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +79,8 @@ def test_any_core_has_itself_as_core(lists, k):
 def test_every_core_has_enough_and_is_the_largest():
     generator = np.random.default_rng(0)
     data = data_set([generator.integers(0, 40, n).tolist() for n in generator.integers(1, 9, 60)], n_items=40)
-    core = prepare(data, k_core=4).data
+    core = prepare(replace(data, path=Path("shop")), k_core=4).data
+    assert core.path is None  # it is not what that folder holds
     assert core.histories.lengths.min() >= 4
     assert np.bincount(core.histories.items, minlength=core.n_items).min() >= 4
     # One at a time, in any order, ends at the same core.

@@ -21,7 +21,7 @@ def test_leave_one_out(tiny):
     assert split.test.targets.tolist() == [3, 3]
     assert split.validation.users.tolist() == split.test.users.tolist() == [0, 3]
     assert len(split.test) == 2
-    assert split.train_items.tolist() == [0, 1, 2]
+    assert split.train_items.tolist() == [0, 1]  # one item alone, 2, is no transition
 
 
 def test_timestamps_go_along(tiny):

@@ -359,6 +359,17 @@ def test_items_without_training_are_what_their_content_says(options):
     torch.testing.assert_close(after[[4, 17]], (before - ids)[[4, 17]], rtol=1e-5, atol=1e-5)
 
 
+def test_items_without_training_and_without_content_keep_their_ids():
+    ids = semantic_ids()
+    ids.codes[[4, 17]] = -1
+    features = torch.randn(N_ITEMS, 5)
+    features[17] = 0
+    ranker = model(ids, features=features)
+    before = ranker.item_id.detach().clone()
+    ranker.forget_ids(np.setdiff1d(np.arange(N_ITEMS), [4, 9, 17]))
+    assert (ranker.item_id != before).any(1).nonzero()[:, 0].tolist() == [4, 9]
+
+
 @pytest.mark.parametrize("options", [{"ids": None}, {"content": False}, {"item_id": False}])
 def test_what_has_ids_alone_or_none_is_left_as_it_is(options):
     ranker = model(**options)

@@ -124,6 +124,17 @@ def test_k_is_bounded_by_the_candidates(k, model, histories):
         model.recommend(histories, k)
 
 
+def test_no_candidates_are_named(model, histories):
+    with pytest.raises(ValueError, match="candidates: got none, expected at least one item id"):
+        model.recommend(histories, candidates=[])
+
+
+def test_histories_may_be_arrays(model, histories):
+    assert model.recommend([np.array(history) for history in histories]) == model.recommend(histories)
+    with pytest.raises(ValueError, match="history 0 is empty"):
+        model.recommend([np.array([], dtype=str)])
+
+
 def test_unknown_item_names_the_nearest(model, tiny_data):
     item = tiny_data.item_ids[7]
     with pytest.raises(ValueError) as error:

@@ -225,6 +225,16 @@ def test_fidelity_is_of_present_items(disentangle):
     assert set(figures["reconstruction"]) == {"text", "image"}
 
 
+def test_nothing_is_left_to_reconstruct_of_features_without_variance():
+    alike = Features(np.ones((N_ITEMS, 5), np.float32), np.arange(N_ITEMS) == 4)
+    options = TokenizerConfig(levels=2, codebook_size=4, dim=8, hidden=16)
+    made = Tokenizer({**features(), "image": alike}, N_ITEMS, options, max_length=12)
+    made.initialize_codebooks(torch.Generator().manual_seed(0))
+    found = made.eval().fidelity()["reconstruction"]
+    assert found["image"] is None
+    assert found["text"] < 1
+
+
 def test_a_missing_modality_has_no_codes_and_no_say(batch):
     absent = [3, 9]
     model = tokenizer(absent=absent)

@@ -192,14 +192,15 @@ def test_the_search_for_similarity_finds_the_peak(best, chosen, bbqrec_run, monk
 
 
 def test_items_that_nobody_took_in_training_are_what_their_content_says(tiny_data, tiny_config, tmp_path):
-    newcomer = 7
-    lists = [[item for item in row if item != newcomer] for row in tiny_data.histories]
-    data = replace(tiny_data, histories=Histories.from_lists([*lists[1:], [*lists[0], newcomer]]))
+    newcomer, only_once = 7, 8  # the second is all that a user took, which is no transition to learn
+    lists = [[item for item in row if item not in (newcomer, only_once)] for row in tiny_data.histories]
+    histories = Histories.from_lists([*lists[2:], [only_once], [*lists[0], newcomer]])
+    data = replace(tiny_data, histories=histories)
     config = tiny_config.override({"tokenizer.epochs": 1, "training.epochs": 1})
     run = fit(data, tmp_path / "run", config=config, progress=False)
     assert newcomer in run.split.test.targets
     cold = np.setdiff1d(np.arange(data.n_items), run.split.train_items)
-    assert newcomer in cold
+    assert {newcomer, only_once} <= set(cold)
     assert (run.model.item_id == 0).all(1).nonzero()[:, 0].tolist() == cold.tolist()
 
 
@@ -712,6 +713,21 @@ def test_other_options_are_taken_while_nothing_is_trained(tiny_data, tiny_config
     assert run.model.features.shape[1] == 7
     with pytest.raises(ValueError, match="other options"):
         fit(tiny_data, tmp_path / "run", config=tiny_config)
+
+
+def test_other_options_leave_nothing_of_the_former_ones(tiny_data, tiny_config, tmp_path, monkeypatch):
+    tiny_data.save(tmp_path / "described")
+    (tmp_path / "described" / "features" / "text.npy").unlink()
+    (tmp_path / "described" / "features" / "text.items.txt").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "_make_semantic_ids", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(tmp_path / "described", tmp_path / "run", config=tiny_config, progress=False)
+    assert (tmp_path / "run" / "words.parquet").is_file()
+    options = {"training.epochs": 1, "tokenizer.epochs": 1, "tokenizer.modalities": ["image"]}
+    run = fit(tmp_path / "described", tmp_path / "run", config=tiny_config.override(options), progress=False)
+    assert not (run.folder / "words.parquet").exists()
+    assert run.item_encoder.words is None
 
 
 def test_training_takes_no_device_but_cuda_and_the_cpu(tiny_data, tiny_config, tmp_path, monkeypatch):

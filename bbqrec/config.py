@@ -134,7 +134,7 @@ DEFAULTS_OF_MODEL: dict[str, dict[str, dict[str, Any]]] = {
             "reweighting": False,
             "cross_modal": False,
         },
-        "training": {"patience": 3, "weight_decay": 0.05},
+        "training": {"weight_decay": 0.05},
     },
 }
 READ_BY_TIGER = {"dim", "layers", "heads", "dropout", "max_length", "beam"}  # of the options of the sequence model

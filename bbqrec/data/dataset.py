@@ -210,7 +210,7 @@ class Dataset:
         return with_text_features(formats.read(Path(path)))
 
     def save(self, folder: str | Path) -> None:
-        """Writes the native format (see `bbqrec.data.formats.native`).
+        """Writes the native format (see `bbqrec.data.formats.native`); it has no place for users without interactions.
 
         Raises `ValueError` if `folder` is not empty, an item ID has a newline in it, or a text column is called "item".
         """

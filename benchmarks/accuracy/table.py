@@ -46,7 +46,7 @@ def tables(all_runs: Iterable[Runs]) -> str:
 
 
 def _main_table(runs: Runs) -> str:
-    head = ["run", "model", "seeds", "Recall@10", "NDCG@10", "over BBQRec", "in validation", "minutes", "MB"]
+    head = ["run", "model", "seeds", "Recall@10", "NDCG@10", "over BBQRec", "in validation", "minutes", "MB", "commit"]
     lines = _head(head)
     for name, entry in runs.runs.items():
         test, validation = runs.of(name, "test"), runs.of(name, "validation")
@@ -57,10 +57,11 @@ def _main_table(runs: Runs) -> str:
         cells += [mean(test["ndcg@10"]), paired(test, runs.of(YARDSTICK, "test")), mean(validation["ndcg@10"])]
         seconds, peak = test["seconds"].mean(), test["peak_memory_mb"].mean()
         cells += ["" if seconds is None else f"{seconds / 60:.1f}", "" if peak is None else f"{peak:.0f}"]
+        cells.append(", ".join(test["commit"].unique(maintain_order=True)))
         lines.append(f"| {' | '.join(cells)} |")
     for row in runs.published:
         model = f"{row.model} ({row.source})"
-        cells = ["published", model, "", _number(row.recall), _number(row.ndcg), *[""] * 4]
+        cells = ["published", model, "", _number(row.recall), _number(row.ndcg), *[""] * 5]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -142,7 +142,7 @@ def test_table_has_means_differences_and_what_others_report(tmp_path: Path, monk
     monkeypatch.setattr(runs, "FOLDER", tmp_path)
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump(SHOP, sort_keys=False))
     shop = Runs.load("shop", tmp_path / "none.csv")
-    facts = {"model": "x", "options": "", "recall@10": 0.2, "peak_memory_mb": 100, "seconds": 90.0}
+    facts = {"model": "x", "options": "", "recall@10": 0.2, "peak_memory_mb": 100, "seconds": 90.0, "commit": "abc1234"}
     facts |= {f"{part}/{name}": 0.125 for part in table.PARTS for name in ("recall@10", "ndcg@10")}
     facts |= {f"{part}/users": 1234 for part in table.PARTS} | {"cold/ndcg@10": None}
     for run, values in {"most-popular": [0.05, 0.07], "bbqrec": [0.1, 0.14]}.items():
@@ -152,8 +152,8 @@ def test_table_has_means_differences_and_what_others_report(tmp_path: Path, monk
     lines = table.tables([shop]).splitlines()
     assert lines[0] == "### Shop"
     first = "| `most-popular` | most popular | 2 | .2000 | .0600 (± .0141) | -.0600 (± .1271) | .0600 (± .0141) "
-    assert first + "| 1.5 | 100 |" in lines
-    assert "| published | Rival (a paper) |  | .5000 | .2500 |  |  |  |  |" in lines
+    assert first + "| 1.5 | 100 | abc1234 |" in lines
+    assert "| published | Rival (a paper) |  | .5000 | .2500 |  |  |  |  |  |" in lines
     assert "| `most-popular` | .1250, 1,234 users | none | .1250, 1,234 users | .1250, 1,234 users |" in lines
     assert shop.rows["run"].to_list() == ["most-popular"] * 4 + ["bbqrec"] * 4
 

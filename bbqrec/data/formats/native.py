@@ -97,7 +97,10 @@ def read_features(folder: Path, item_ids: list[str]) -> dict[str, Features]:
 
 
 def write(data: Dataset, folder: Path) -> None:
-    """Writes `data` so that `read` gives it back, wholly or not at all. Raises `ValueError` as `Dataset.save` says."""
+    """Writes `data` so that `read` gives it back, but for users without interactions, wholly or not at all.
+
+    Raises `ValueError` as `Dataset.save` says.
+    """
     check_lines(data.item_ids)
     if "item" in data.texts:
         raise ValueError("texts: got a column 'item', which is where the names of items are written; rename it")

@@ -1122,8 +1122,7 @@ def _backward_rows_kernel(
         tl.store(at + row_count, data[2], row < sizes[2])
         tl.store(at + 2 * row_count, data[3], row < sizes[2])
 
-    programs = tl.num_programs(0).to(tl.int64)
-    partials += head * ALL_SUMS * programs + tl.program_id(0)
+    partials += head.to(tl.int64) * ALL_SUMS * tl.num_programs(0) + tl.program_id(0)
     if FIRST_SUM == 1 and len(SUMS) > 0:  # all score gradients of a row cancel, unless one is NaN
         tl.store(partials, tl.sum(tl.where(data[1] == float("inf"), 0.0, 0.0 * (data[1] + data[3])), 0))
     if NEED_QUERY or len(SUMS) > 0:
@@ -1160,7 +1159,7 @@ def _backward_rows_kernel(
             COMPILED,
         )
         for i in tl.static_range(len(SUMS)):
-            tl.store(partials + (FIRST_SUM + i) * programs, tl.sum(sums[i], 0))
+            tl.store(partials + (FIRST_SUM + i) * tl.num_programs(0), tl.sum(sums[i], 0))
         if NEED_QUERY:
             if IS_CAUSAL:
                 if _has_nan(total):  # perhaps of a key that is hidden from the row

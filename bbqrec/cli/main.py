@@ -317,8 +317,10 @@ def add_items(
 
     with held(Run(run).folder, "run"):  # of items that two calls add at once, those of one would be lost
         model = BBQRec.load(run)
-        names = add_items_of(model, items)
+        names, unused = add_items_of(model, items)
         model.save_new_items()
+    if unused:
+        typer.echo(f"Left out, as {run} uses no such features: {', '.join(unused)}", err=True)
     rows = [{"item": name, "title": model.title(name), "semantic_id": model.semantic_id(name)} for name in names]
     if as_json:
         _print_json({"run": str(run), "new_items": len(model.item_ids) - model.n_trained, "items": rows})

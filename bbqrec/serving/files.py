@@ -83,12 +83,14 @@ def recommend_all(model: BBQRec, requests: Iterable[Request], k: int, **options:
             yield {"user": request.user, "items": items}
 
 
-def add_items_of(model: BBQRec, path: Path) -> list[str]:
-    """Adds the items of a table, or of a folder in the native format, and returns their names.
+def add_items_of(model: BBQRec, path: Path) -> tuple[list[str], list[str]]:
+    """Adds the items of a table, or of a folder in the native format.
 
     Their features are those of the folder that the run uses, made as those of the data set were; texts count where the
-    run's features were made of texts and the folder has none. Raises `ValueError` as `BBQRec.add_items` does, and for
-    faults in files.
+    run's features were made of texts and the folder has none.
+
+    Returns the items' names, and those of the folder's feature sets that the run does not use. Raises `ValueError` as
+    `BBQRec.add_items` does, and for faults in files.
     """
     folder = path if path.is_dir() else None
     items, texts = native.read_items(path if folder is None else native.items_file(folder))
@@ -104,7 +106,7 @@ def add_items_of(model: BBQRec, path: Path) -> list[str]:
             if name in model.modalities
         },
     )
-    return items
+    return items, [name for name in features if name not in model.modalities]
 
 
 def _recommend(model: BBQRec, batch: list[Request], k: int, options: dict[str, Any]) -> list[list[tuple[str, float]]]:

@@ -270,7 +270,9 @@ def test_by_command(bbqrec_run, tiny_data, copy_of, tmp_path):
     for name, rows in {**copy_of(4, 5), "sound": np.ones((2, 3))}.items():  # the run does not use the last one
         np.save(folder / "features" / f"{name}.npy", rows)
         (folder / "features" / f"{name}.items.txt").write_text("a\nb\n")
-    answer = json.loads(call("add-items", run, folder, "--json").stdout)
+    said = call("add-items", run, folder, "--json")
+    assert said.stderr == f"Left out, as {run} uses no such features: sound\n"
+    answer = json.loads(said.stdout)
     model = BBQRec.load(run)
     assert answer["new_items"] == 2
     assert answer["items"][0] == {"item": "a", "title": "Ah", "semantic_id": model.semantic_id("a")}

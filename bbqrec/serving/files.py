@@ -95,18 +95,15 @@ def add_items_of(model: BBQRec, path: Path) -> tuple[list[str], list[str]]:
     folder = path if path.is_dir() else None
     items, texts = native.read_items(path if folder is None else native.items_file(folder))
     features = {} if folder is None else native.read_features(folder, items)
-    reads_texts = model.reads_texts and "text" not in features
+    used = {name: each for name, each in features.items() if name in model.modalities}
+    reads_texts = model.reads_texts and "text" not in used
     model.add_items(
         items,
         titles=texts.get("title"),
         texts=[joined(column[i] for column in texts.values()) for i in range(len(items))] if reads_texts else None,
-        features={
-            name: np.where(each.present[:, None], each.values, np.nan)
-            for name, each in features.items()
-            if name in model.modalities
-        },
+        features={name: np.where(each.present[:, None], each.values, np.nan) for name, each in used.items()},
     )
-    return items, [name for name in features if name not in model.modalities]
+    return items, [name for name in features if name not in used]
 
 
 def _recommend(model: BBQRec, batch: list[Request], k: int, options: dict[str, Any]) -> list[list[tuple[str, float]]]:

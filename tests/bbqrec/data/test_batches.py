@@ -210,6 +210,7 @@ def test_long_histories_take_several_epochs_a_pass():
     few, many = (PrefixBatches(numbered([n] * 20), 5, 64, seed=0) for n in (4, 61))
     assert few.epochs_of_a_pass == 1
     assert many.epochs_of_a_pass == 60 // PREFIXES_A_HISTORY
+    assert PrefixBatches(numbered([PREFIXES_A_HISTORY + 2] * 20), 5, 64, seed=0).epochs_of_a_pass == 2
     sizes = []
     for epoch in range(4):
         many.set_epoch(epoch)

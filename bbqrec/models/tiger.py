@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bbqrec.config import ModelConfig
 from bbqrec.data.batches import PackedBatch
 from bbqrec.models.id_tree import IDTree
-from bbqrec.models.transformer import Block, feed_forward
+from bbqrec.models.transformer import Block, Dropout, feed_forward
 from bbqrec.tokenizer.semantic_ids import SemanticIDs
 from bbqrec_kernels import similarity_attention
 
@@ -52,7 +52,7 @@ class Tiger(nn.Module):
         self.encoder_norm = nn.LayerNorm(dim)
         self.decoder = nn.ModuleList(DecoderBlock(*options) for _ in range(config.layers))
         self.decoder_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def log_likelihood(self, batch: PackedBatch, items: Tensor) -> Tensor:
         """Log-probability `(B,)` that `items (B,)` are the ones that follow the histories."""
@@ -157,7 +157,7 @@ class DecoderBlock(nn.Module):
         self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)  # of the encoder's states
         self.cross_project = nn.Linear(dim, dim)
         self.feed_forward = feed_forward(dim, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, hidden: Tensor, key: Tensor, value: Tensor, lengths: Tensor, past: tuple[Tensor, Tensor] | None

@@ -141,7 +141,7 @@ class TokenizerModule(EpochSeeded):
         options = {"lr": self.config.learning_rate, "weight_decay": 0.0}
         optimizers = [RowwiseAdamW(others, [table], **options)]
         if estimators:
-            optimizers.append(torch.optim.AdamW(estimators, **options))
+            optimizers.append(torch.optim.AdamW(estimators, fused=True, **options))
         return optimizers
 
     def _optimizers(self) -> list:

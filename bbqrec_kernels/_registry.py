@@ -34,17 +34,56 @@ def register_on_first_call(operator: torch._ops.OpOverload, module: str, functio
         LIBRARY.impl(operator, kernel, device)
 
 
-def register_autograd(operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
-    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=LIBRARY)
+def register_autograd(
+    operator: torch._ops.OpOverload, backward: Callable, setup_context: Callable, differentiable: int
+) -> None:
+    """What `torch.library.register_autograd` does, for an operator whose first arguments alone have gradients.
+
+    That function sorts lists of tensors anew in every call, forward and backward, which takes longer than a kernel
+    does on a small batch.
+
+    Args:
+        backward: of the context and the outputs' gradients; returns those of the first arguments.
+        setup_context: of the context, all arguments and the output.
+        differentiable: how many arguments have gradients; they are tensors or None.
+    """
+
+    def below_autograd(keyset, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            *tensors, others, keyset = arguments
+            arguments = (*tensors, *others)
+            output = below_autograd(keyset, arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None, None
+
+    # What tensors show as their grad_fn: ResidualQuantizeBackward, as torch's own have MmBackward.
+    named = type(operator._opname.title().replace("_", ""), (Function,), {})
+
+    def autograd(keyset, *arguments):
+        tensors, others = arguments[:differentiable], arguments[differentiable:]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return named.apply(*tensors, others, keyset)
+        return below_autograd(keyset, arguments)
+
+    LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
 
 
-def forbid_double_backward(operator: torch._ops.OpOverload, name: str) -> None:
+def forbid_double_backward(operator: torch._ops.OpOverload, name: str, differentiable: int) -> None:
     """Makes differentiating a backward operator raise a sentence instead of giving nothing."""
 
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx, arguments, output) -> None:
         pass
 
     def backward(ctx, *grads):
         raise ValueError(f"{name}: double backward was asked for, only first derivatives exist; use impl='reference'")
 
-    register_autograd(operator, backward, setup_context)
+    register_autograd(operator, backward, setup_context, differentiable)

@@ -80,8 +80,8 @@ def _define_operators(suffix: str) -> Operators:
     for operator, fake in zip(operators, _FAKES, strict=True):
         register_fake(operator, fake)
 
-    def quantize_setup_context(ctx, inputs, output) -> None:
-        x, codebooks = inputs
+    def quantize_setup_context(ctx, arguments, output) -> None:
+        x, codebooks = arguments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, codebooks, output[1])
 
@@ -96,17 +96,17 @@ def _define_operators(suffix: str) -> Operators:
         )
         return grad_x if need_x else None, grad_codebooks if need_codebooks else None
 
-    def decode_setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+    def decode_setup_context(ctx, arguments, output) -> None:
+        ctx.save_for_backward(*arguments)
 
     def decode_backward(ctx, grad):
         codes, codebooks = ctx.saved_tensors
         return None, operators.residual_decode_backward(grad, codes, codebooks) if ctx.needs_input_grad[1] else None
 
-    register_autograd(operators.residual_quantize, quantize_backward, quantize_setup_context)
-    register_autograd(operators.residual_decode, decode_backward, decode_setup_context)
-    forbid_double_backward(operators.residual_quantize_backward, "residual_quantize")
-    forbid_double_backward(operators.residual_decode_backward, "residual_decode")
+    register_autograd(operators.residual_quantize, quantize_backward, quantize_setup_context, differentiable=2)
+    register_autograd(operators.residual_decode, decode_backward, decode_setup_context, differentiable=2)
+    forbid_double_backward(operators.residual_quantize_backward, "residual_quantize", differentiable=6)
+    forbid_double_backward(operators.residual_decode_backward, "residual_decode", differentiable=3)
     return operators
 
 

@@ -62,8 +62,8 @@ def _backward_fake(grad, output, logsumexp, query, key, value, biases, *rest) ->
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    tensors, lists, integers, masks = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:]
+def _setup_context(ctx, arguments, output) -> None:
+    tensors, lists, integers, masks = arguments[:4], arguments[4:7], arguments[7:10], arguments[10:]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.integers = integers
@@ -76,10 +76,8 @@ def _backward_of(backward_operator: OpOverload):
     def backward(ctx, grad, _grad_logsumexp):
         needs = ctx.needs_input_grad[:4]
         terms, masks = len(ctx.integers[0]), len(ctx.masks)
-        # torch.library wants a list for Tensor[], and for int[] a list if it is empty and None otherwise.
-        not_differentiable = ([None] * terms,) * 3 + (None if terms else [],) * 3 + (None,) * masks
         if grad is None or not any(needs):
-            return (None,) * 4 + not_differentiable
+            return (None,) * 4
         saved = ctx.saved_tensors
         flat, kept = saved[6:-masks], saved[-masks:]
         gradients = backward_operator(
@@ -90,7 +88,7 @@ def _backward_of(backward_operator: OpOverload):
             *(other if tensor is None else tensor for tensor, other in zip(kept, ctx.masks, strict=True)),
             *needs,
         )
-        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + not_differentiable
+        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
     return backward
 
@@ -104,8 +102,8 @@ def _define_operators(suffix: str) -> Operators:
     ):
         register_fake(forward, _forward_fake)
         register_fake(backward, _backward_fake)
-        register_autograd(forward, _backward_of(backward), _setup_context)
-        forbid_double_backward(backward, name)
+        register_autograd(forward, _backward_of(backward), _setup_context, differentiable=4)
+        forbid_double_backward(backward, name, differentiable=7)
     return operators
 
 

@@ -336,6 +336,28 @@ def test_rows_that_attend_to_nothing_have_a_logsumexp_of_minus_infinity(operator
     assert logsumexp[~nothing].isfinite().all()
 
 
+def test_a_call_takes_few_steps_of_python() -> None:
+    inputs = random_packed_inputs([3, 5], kinds=ALL_KINDS).require_grad()
+    query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+    terms = list(inputs.terms())
+    calls = 0
+
+    def count(_frame, event: str, _argument) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    for profile in (None, count):  # the first call imports and remembers
+        sys.setprofile(profile)
+        try:
+            output = similarity_attention_varlen(
+                query, key, value, terms, cu_seqlens=inputs.cu_seqlens, max_seqlen=5, is_causal=True
+            )
+            output.sum().backward()
+        finally:
+            sys.setprofile(None)
+    assert calls < 300  # on a small batch they cost as much as kernels; torch.library.register_autograd has 660
+
+
 def test_named_implementations() -> None:
     query = torch.randn(1, 1, 2, 4)
     with pytest.raises(ValueError, match="similarity_attention cannot run as 'cuda'"):

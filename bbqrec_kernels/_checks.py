@@ -28,6 +28,12 @@ def is_on_cpu_to_look_at(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and is_concrete(tensor)
 
 
+def assert_all(condition: Tensor, message: str) -> None:
+    """An assertion, for values that Python cannot look at. Inside of `torch.func.vmap` there can be none."""
+    if torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(condition):
+        torch._assert_async(condition.all(), message)
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")

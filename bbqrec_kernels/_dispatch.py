@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from bbqrec_kernels import _library
@@ -117,9 +117,9 @@ def _wish_of_the_reference_only(tensors: tuple[Tensor, ...]) -> str | None:
     """What the call wants that no kernel can do, but plain torch can."""
     if tensors[0].dtype == torch.float64:
         return "float64 runs in the reference only"
-    if torch.compiler.is_compiling():
-        return None
-    if any(is_functorch_wrapped_tensor(t) for t in tensors):
+    # Dynamo knows the first of these alone. It leaves torch.func.grad, and says that it cannot trace that.
+    is_wrapped = is_batchedtensor if torch.compiler.is_compiling() else is_functorch_wrapped_tensor
+    if any(is_wrapped(t) for t in tensors):
         return "torch.func transforms (vmap, grad, jvp) run in the reference only"
     if any(t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return "forward-mode derivatives run in the reference only"

@@ -77,6 +77,15 @@ def register_autograd(
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
 
 
+def forbid_batched_backward(operator: torch._ops.OpOverload, name: str) -> None:
+    """Makes `torch.autograd.grad` with `is_grads_batched` say what to do: PyTorch cannot loop over lists of tensors."""
+
+    def refuse(*_arguments):
+        raise ValueError(f"{name}: gradients were asked for in batches, they exist one by one; use impl='reference'")
+
+    LIBRARY.impl(operator, refuse, "Batched")
+
+
 def forbid_double_backward(operator: torch._ops.OpOverload, name: str, differentiable: int) -> None:
     """Makes differentiating a backward operator raise a sentence instead of giving nothing."""
 

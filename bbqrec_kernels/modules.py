@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from bbqrec_kernels._checks import INTEGERS, check_dim, check_dtype, check_size, check_tensor
+from bbqrec_kernels._checks import INTEGERS, check_dim, check_dtype, check_int, check_size, check_tensor
 from bbqrec_kernels.residual_quantization import (
     ResidualQuantization,
     residual_decode,
@@ -29,6 +29,8 @@ from bbqrec_kernels.similarity_attention import (
     similarity_attention,
     similarity_attention_varlen,
 )
+from bbqrec_kernels.similarity_attention.api import MAX_HEAD_SIZE
+from bbqrec_kernels.similarity_attention.terms import MAX_BUCKETS, MAX_CHANNELS, MAX_LEVELS
 
 
 class ResidualQuantizer(nn.Module):
@@ -50,6 +52,7 @@ class ResidualQuantizer(nn.Module):
 
     Attributes:
         codebooks: `(L, K, D)` float32, a parameter or a buffer; `N(0, 1/D)` from torch's global generator at first.
+            Keep them so: a layer turned to half precision cannot quantize, one under autocast can.
         steps_unused: `(L, K)` int64 buffer, calls of `forward` in training mode since a codeword was last chosen.
         ema_counts: `(L, K)` float32 buffer, moving average of the counts of `residual_statistics` in a step; None where
             codebooks are trained by gradient.
@@ -68,13 +71,14 @@ class ResidualQuantizer(nn.Module):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay: got {ema_decay}, expected a number from 0 to below 1, or None for gradients")
         self.ema_decay = ema_decay
-        codebooks = torch.randn(levels, codebook_size, dim) * dim**-0.5
+        codebooks = torch.randn(levels, codebook_size, dim, dtype=torch.float32) * dim**-0.5
         if ema_decay is None:
             self.codebooks = nn.Parameter(codebooks)
+            self.ema_counts = self.ema_sums = None  # no buffers of None: torch.export miscounts what comes after them
         else:
             self.register_buffer("codebooks", codebooks)
-        self.register_buffer("ema_counts", None if ema_decay is None else torch.ones(levels, codebook_size))
-        self.register_buffer("ema_sums", None if ema_decay is None else codebooks.clone())
+            self.register_buffer("ema_counts", torch.ones_like(codebooks[..., 0]))
+            self.register_buffer("ema_sums", codebooks.clone())
         self.register_buffer("steps_unused", torch.zeros(levels, codebook_size, dtype=torch.int64))
 
     def extra_repr(self) -> str:
@@ -195,11 +199,16 @@ def codebook_usage(codes: Tensor, codebook_size: int) -> CodebookUsage:
     These are figures of the codes given: with several ranks, gather the codes first.
 
     Raises:
-        TypeError: codes are no integer tensor.
+        TypeError: codes are no integer tensor, or `codebook_size` is no int.
+        ValueError: codes have no level, or `codebook_size` is below 1.
         IndexError: a code is not below `codebook_size`.
     """
     check_tensor("codes", codes)
     check_dtype("codes", codes, INTEGERS)
+    if codes.dim() == 0 or codes.shape[-1] == 0:
+        raise ValueError(f"codes: got shape {tuple(codes.shape)}, expected (..., levels) with a level at least")
+    check_int("codebook_size", codebook_size)
+    _check_sizes(codebook_size=codebook_size)
     if codes.numel() and (largest := int(codes.max())) >= codebook_size:
         raise IndexError(f"codes: got {largest}, expected codes below codebook_size={codebook_size}")
     levels = codes.reshape(-1, codes.shape[-1]).unbind(1)
@@ -220,7 +229,7 @@ def residual_kmeans(
     of rank 0.
 
     Args:
-        x: `(..., D)` float32, finite, at least one row (on rank 0).
+        x: `(..., D)` float32 or float64, finite, at least one row (on rank 0).
         levels: L, codebooks to make.
         codebook_size: K, codewords per level.
         iterations: steps of Lloyd's algorithm; 0 leaves the random residuals.
@@ -230,10 +239,14 @@ def residual_kmeans(
         `(L, K, D)` codebooks, dtype of `x`.
 
     Raises:
-        ValueError: no rows, a value that is not finite, or a size below 1.
+        TypeError: another dtype.
+        ValueError: no rows, no columns, a value that is not finite, or a size below 1.
     """
     _check_sizes(levels=levels, codebook_size=codebook_size)
     _check_rows(x)
+    check_dtype("x", x, (torch.float32, torch.float64))
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one column")
     residual = x.reshape(-1, x.shape[-1])
     if not len(residual) and _is_first_rank():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one row to start from")
@@ -265,7 +278,7 @@ class SimilarityAttention(nn.Module):
     Args:
         dim: width of the tokens, a multiple of `heads`.
         heads: H, number of heads.
-        levels: L, of the codes that `prefix` and `matches` compare.
+        levels: L, of the codes that `prefix` and `matches` compare, at most 16.
         prefix: channels compared by the number of leading levels that agree, for instance `[(0, 0), (0, 1)]`.
         matches: channels compared by the number of levels that agree anywhere.
         gaps: kinds of position or time that are compared by the power of two of their distance (see `gap`).
@@ -280,8 +293,8 @@ class SimilarityAttention(nn.Module):
         gap_table: `(gaps, H, gap_buckets)`, likewise.
 
     Raises:
-        ValueError: `dim` is no multiple of `heads`, channels without `levels`, or a channel that is no pair of
-            modalities counted from 0.
+        ValueError: `dim` is no multiple of `heads` or more than 256 a head, channels without `levels` or more than 8
+            with `gaps`, one that is no pair of modalities counted from 0, or a size outside of its limits.
     """
 
     def __init__(
@@ -299,12 +312,22 @@ class SimilarityAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim < 1 or dim % heads:
             raise ValueError(f"dim: got {dim}, expected a multiple of heads={heads}")
+        if dim // heads > MAX_HEAD_SIZE:
+            raise ValueError(f"dim: got {dim}, expected at most {MAX_HEAD_SIZE * heads} ({MAX_HEAD_SIZE} a head)")
+        for name, size, most in (("levels", levels, MAX_LEVELS), ("gaps", gaps, MAX_CHANNELS)):
+            if not 0 <= size <= most:
+                raise ValueError(f"{name}: got {size}, expected 0 to {most}")
+        if not 1 <= gap_buckets <= MAX_BUCKETS:
+            raise ValueError(f"gap_buckets: got {gap_buckets}, expected 1 to {MAX_BUCKETS}")
+        if len(prefix) + len(matches) + gaps > MAX_CHANNELS:
+            channels = f"{len(prefix)} of prefix, {len(matches)} of matches and {gaps} gaps"
+            raise ValueError(f"channels: got {channels}, expected at most {MAX_CHANNELS} together")
         for name, channels in (("prefix", prefix), ("matches", matches)):
             if channels and levels < 1:
                 raise ValueError(f"levels: got {levels}, expected at least 1, as there are channels in {name}")
             if any(len(channel) != 2 or min(channel) < 0 for channel in channels):
                 raise ValueError(f"{name}: got {channels}, expected pairs of modalities counted from 0")
-        self.heads, self.is_causal = heads, is_causal
+        self.heads, self.levels, self.is_causal = heads, levels, is_causal
         self.prefix, self.matches = tuple(prefix), tuple(matches)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
@@ -367,13 +390,18 @@ class SimilarityAttention(nn.Module):
     def _terms(self, codes: Tensor | PackedCodes | None, positions: Tensor | None, dtype: torch.dtype) -> list[Term]:
         _check_given("codes", codes, needed=bool(self.prefix or self.matches))
         _check_given("positions", positions, needed=self.gap_table is not None)
+        if positions is not None:
+            check_tensor("positions", positions)
+            if positions.dim() == 0 or positions.shape[-1] != len(self.gap_table):
+                shape, gaps = tuple(positions.shape), len(self.gap_table)
+                raise ValueError(f"positions: got shape {shape}, expected (..., {gaps}), as the layer has gaps={gaps}")
         terms = []
         for kind, channels, table in (
             (prefix, self.prefix, self.prefix_table),
             (matches, self.matches, self.matches_table),
         ):
             if channels:
-                left, right = (_of_modalities(codes, side) for side in zip(*channels, strict=True))
+                left, right = (_of_modalities(codes, side, self.levels) for side in zip(*channels, strict=True))
                 terms.append(kind(left, table.to(dtype), key_codes=right))
         if positions is not None:
             terms.append(gap(positions, self.gap_table.to(dtype)))
@@ -391,17 +419,20 @@ def _check_given(name: str, value: object, needed: bool) -> None:
         raise ValueError(f"{name}: got {type(value).__name__}, expected None, as the layer has no table for them")
 
 
-def _of_modalities(codes: Tensor | PackedCodes, modalities: Sequence[int]) -> Tensor | PackedCodes:
+def _of_modalities(codes: Tensor | PackedCodes, modalities: Sequence[int], levels: int) -> Tensor | PackedCodes:
     """The codes of these modalities, in this order, with repetitions."""
     if isinstance(codes, PackedCodes):
         words = (w if w is None else torch.stack([w[..., m] for m in modalities], -1) for w in (codes.query, codes.key))
-        return PackedCodes(_of_modalities(codes.codes, modalities), *words, codes.bits, codes.codebook_size)
+        return PackedCodes(_of_modalities(codes.codes, modalities, levels), *words, codes.bits, codes.codebook_size)
     check_tensor("codes", codes)
     if codes.dim() < 2 or codes.shape[-2] <= max(modalities):
         raise ValueError(
             f"codes: got shape {tuple(codes.shape)}, expected (..., M, L) with M above {max(modalities)}, "
             "the largest modality that a channel names"
         )
+    if codes.shape[-1] != levels:
+        shape = tuple(codes.shape)
+        raise ValueError(f"codes: got shape {shape}, expected (..., M, {levels}), as the layer has levels={levels}")
     return torch.stack([codes[..., m, :] for m in modalities], -2)
 
 

@@ -19,8 +19,8 @@ from bbqrec.models.transformer import CausalTransformer
 from bbqrec.processes import rank_and_world
 from bbqrec.tokenizer.semantic_ids import SemanticIDs, decode
 from bbqrec_kernels import Term, gap, pack, prefix, similarity_attention_varlen
+from bbqrec_kernels.similarity_attention.terms import MAX_CHANNELS
 
-MAX_CHANNELS = 8  # of all terms of the attention operator
 TIME_BUCKETS = 48  # powers of two of a time gap: decades, even in milliseconds
 TABLES_OF_ITEMS = ("codes", "item_id", "features")  # parameters and buffers with a row for each item
 

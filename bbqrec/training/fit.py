@@ -23,7 +23,7 @@ from bbqrec.data.splits import Heldout, Split, leave_one_out
 from bbqrec.evaluation.ranking import evaluate
 from bbqrec.models.build import build_model
 from bbqrec.models.most_popular import MostPopular
-from bbqrec.models.sequence_model import MAX_CHANNELS, SequenceModel, attention_channels
+from bbqrec.models.sequence_model import SequenceModel, attention_channels
 from bbqrec.models.shards import shard_sizes
 from bbqrec.models.tiger import Tiger
 from bbqrec.processes import first_does, is_first, rank_and_world, together
@@ -43,6 +43,7 @@ from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.run import Run, damage_named, device, save_model, save_weights, versions, write_json
 from bbqrec.training.trainer import Stage, train
 from bbqrec_kernels.similarity_attention.api import MAX_HEAD_SIZE
+from bbqrec_kernels.similarity_attention.terms import MAX_CHANNELS
 
 SIMILARITY_WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # tried in turn while they help
 SIMILARITY_DECAYS = (0.7, 0.5, 0.9)  # the first one with all of them, the others with the best

@@ -75,7 +75,7 @@ def residual_decode(codes: Tensor, codebooks: Tensor, *, impl: str = "auto") -> 
     """
     _check_codebooks(codebooks)
     _check_codes(codes, codebooks)
-    implementation = _IMPLEMENTATIONS[choose("residual_decode", impl, codebooks)]
+    implementation = _IMPLEMENTATIONS[choose("residual_decode", impl, codebooks, codes)]
     return implementation.residual_decode(codes.long(), codebooks)
 
 
@@ -103,7 +103,7 @@ def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor, *, impl: st
             f"codes: got shape {tuple(codes.shape)}, expected {(*x.shape[:-1], codebooks.shape[0])} "
             f"to go with x of shape {tuple(x.shape)}"
         )
-    implementation = _IMPLEMENTATIONS[choose("residual_statistics", impl, x, codebooks)]
+    implementation = _IMPLEMENTATIONS[choose("residual_statistics", impl, x, codebooks, codes)]
     return implementation.residual_statistics(x.detach(), codes.long(), codebooks.detach())
 
 

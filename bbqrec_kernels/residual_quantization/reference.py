@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbqrec_kernels._checks import is_on_cpu_to_look_at
+from bbqrec_kernels._checks import assert_all, is_on_cpu_to_look_at
 
 _SEARCH_ELEMENTS = 1 << 22  # of the largest temporary tensor in the search
 
@@ -69,16 +69,16 @@ def residual_statistics(x: Tensor, codes: Tensor, codebooks: Tensor) -> tuple[Te
     levels, size, width = codebooks.shape
     residual = x.reshape(-1, width).to(codebooks.dtype)
     codes = codes.reshape(-1, levels).long()
-    counts = torch.zeros(levels, size, dtype=torch.int64, device=x.device)  # a float32 stops counting at 2^24
-    sums = codebooks.new_zeros(codebooks.shape)
+    counts_of_none = torch.zeros(size, dtype=torch.int64, device=x.device)  # a float32 stops counting at 2^24
+    counts, sums = [], []  # not in place: torch.func.vmap could not
     for level in range(levels):
         chosen = codes[:, level]
         valid = chosen >= 0
         bucket = torch.where(valid, chosen, 0)
-        counts[level].index_add_(0, bucket, valid.long())
-        sums[level].index_add_(0, bucket, torch.where(valid[:, None], residual, 0))
+        counts.append(counts_of_none.index_add(0, bucket, valid.long()))
+        sums.append(torch.zeros_like(codebooks[level]).index_add(0, bucket, torch.where(valid[:, None], residual, 0)))
         residual = torch.where(valid[:, None], residual - codebooks[level, bucket], residual)
-    return counts.to(codebooks.dtype), sums
+    return torch.stack(counts).to(codebooks.dtype), torch.stack(sums)
 
 
 def _mean_square(difference: Tensor) -> Tensor:
@@ -91,8 +91,7 @@ def check_range(codes: Tensor, codebooks: Tensor) -> None:
     if codes.numel() == 0:
         return
     if not is_on_cpu_to_look_at(codes):
-        valid = (codes >= -1) & (codes < codebooks.shape[1])
-        torch._assert_async(valid.all(), "codes: expected -1 to codebook_size - 1")
+        assert_all((codes >= -1) & (codes < codebooks.shape[1]), "codes: expected -1 to codebook_size - 1")
         return
     low, high = map(int, torch.aminmax(codes))
     if low < -1 or high >= codebooks.shape[1]:

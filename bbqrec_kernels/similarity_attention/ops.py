@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 
 from bbqrec_kernels._registry import (
     define,
+    forbid_batched_backward,
     forbid_double_backward,
     register_autograd,
     register_fake,
@@ -104,6 +105,7 @@ def _define_operators(suffix: str) -> Operators:
         register_fake(backward, _backward_fake)
         register_autograd(forward, _backward_of(backward), _setup_context, differentiable=4)
         forbid_double_backward(backward, name, differentiable=7)
+        forbid_batched_backward(backward, name)
     return operators
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbqrec_kernels._checks import is_concrete
+from bbqrec_kernels._checks import is_concrete, is_on_cpu_to_look_at
 from bbqrec_kernels.similarity_attention.terms import Term
 
 
@@ -68,11 +68,13 @@ def similarity_attention_varlen(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """See `api.similarity_attention_varlen`. Pads to `(B, max_seqlen)` and back."""
+    """See `api.similarity_attention_varlen`. Pads to `(B, max_seqlen)` and back: to the longest where that is known."""
     tokens, sequences = len(query), len(cu_seqlens) - 1
     if tokens == 0 or sequences == 0 or max_seqlen == 0:
         return torch.zeros_like(query) + (query[:0] + key[:0] + value[:0]).sum()
     starts = cu_seqlens.long()
+    if is_on_cpu_to_look_at(starts):
+        max_seqlen = max(1, int(starts.diff().max()))
     token = torch.arange(tokens, device=query.device)
     sequence = torch.searchsorted(starts, token, right=True) - 1
     covered = (sequence >= 0) & (sequence < sequences)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bbqrec_kernels._checks import (
     FLOATS,
     INTEGERS,
+    assert_all,
     check_device,
     check_dim,
     check_dtype,
@@ -191,20 +191,20 @@ def pack(codes: Tensor, codebook_size: int) -> PackedCodes:
         ValueError: a code is not below `codebook_size` (on CUDA and in compiled code: an assertion; torch.func
             transforms do not look).
     """
-    check_tensor("codes", codes)
-    check_dtype("codes", codes, INTEGERS)
-    if codes.dim() < 2:
-        raise ValueError(f"codes: got shape {tuple(codes.shape)}, expected (..., M, L)")
+    return _pack("codes", codes, codebook_size)
+
+
+def _pack(name: str, codes: Tensor, codebook_size: int) -> PackedCodes:
+    _check_codes(name, codes)
     check_int("codebook_size", codebook_size)
     if not 1 <= codebook_size < 2**62:
         raise ValueError(f"codebook_size: got {codebook_size}, expected at least 1 and less than 2**62")
     codes = codes.long()
     if is_on_cpu_to_look_at(codes):
         if codes.numel() and (largest := int(codes.max())) >= codebook_size:
-            raise ValueError(f"codes: got {largest}, expected codes below codebook_size={codebook_size}")
-    elif torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(codes):  # vmap has no rule for an assertion
-        # Where the number of tokens is data, as in torch.export, it cannot be asked for.
-        torch._assert_async((codes < codebook_size).all(), "codes: expected all codes below codebook_size")
+            raise ValueError(f"{name}: got {largest}, expected codes below codebook_size={codebook_size}")
+    else:  # where the number of tokens is data, as in torch.export, it cannot be asked for
+        assert_all(codes < codebook_size, f"{name}: expected all codes below codebook_size")
     levels = codes.shape[-1]
     bits = (codebook_size + 1).bit_length()
     if bits * levels > 64:
@@ -250,13 +250,17 @@ def _as_packed(name: str, codes: Tensor | PackedCodes, codebook_size: int | None
                 f"codebook_size: got {codebook_size}, but {name} were packed for {codes.codebook_size}; give neither"
             )
         return codes
-    check_tensor(name, codes)
     if codebook_size is not None:
-        return pack(codes, codebook_size)
+        return _pack(name, codes, codebook_size)
+    _check_codes(name, codes)
+    return PackedCodes(codes.long(), None, None, 0, 0)
+
+
+def _check_codes(name: str, codes: Tensor) -> None:
+    check_tensor(name, codes)
     check_dtype(name, codes, INTEGERS)
     if codes.dim() < 2:
         raise ValueError(f"{name}: got shape {tuple(codes.shape)}, expected (..., M, L)")
-    return PackedCodes(codes.long(), None, None, 0, 0)
 
 
 def _check_bias(bias: Tensor, compared: Tensor, layout: str, channel_dim: int) -> int:

@@ -27,8 +27,8 @@ PARTS = {
 
 def headline(all_runs: Iterable[Runs]) -> str:
     """Test NDCG@10 of each data set and model with content, and the best that others report."""
-    columns = ("most-popular", "item-knn", "sasrec", "sasrec-features", YARDSTICK)
-    names = ["most popular", "item-kNN", "SASRec", "SASRec with features", "BBQRec", "best published"]
+    columns = ("most-popular", "item-knn", "sasrec", "sasrec-features-no-similarity", "sasrec-features", YARDSTICK)
+    names = ["most popular", "item-kNN", "SASRec", "with features", "and similarity", "BBQRec", "best published"]
     lines = _head(["data", *names])
     for runs in all_runs:
         tests = [runs.of(run, "test") for run in columns]

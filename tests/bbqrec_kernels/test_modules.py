@@ -147,6 +147,19 @@ class TestTraining:
         assert torch.equal(eager.codebooks, traced.codebooks)
         assert torch.equal(eager.steps_unused, traced.steps_unused)
 
+    @pytest.mark.parametrize("ema_decay", [None, DECAY])
+    def test_exports(self, ema_decay: float | None) -> None:
+        layer, x = quantizer(ema_decay=ema_decay).eval(), torch.randn(7, 6)
+        program = torch.export.export(layer, (x,))
+        assert torch.equal(program.module()(x).codes, layer(x).codes)
+
+    def test_codebooks_are_float32_whatever_the_default(self) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert quantizer().codebooks.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
 
 class TestInitialization:
     def run(self, x: Tensor, levels: int = 2, size: int = 4, seed: int = 0, **options) -> Tensor:
@@ -312,6 +325,11 @@ class TestUsage:
             codebook_usage(torch.tensor([[4]]), 4)
         with pytest.raises(TypeError, match="codes: got dtype float32"):
             codebook_usage(torch.zeros(1, 1), 4)
+        for codes in (torch.tensor(1), torch.zeros(3, 0, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=r"codes: got shape .* with a level at least"):
+                codebook_usage(codes, 4)
+        with pytest.raises(ValueError, match="codebook_size: got 0"):
+            codebook_usage(torch.tensor([[-1]]), 0)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +354,10 @@ def test_steps_and_sizes_below_one_are_refused() -> None:
         quantizer().revive(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="levels: got 0"):
         residual_kmeans(torch.zeros(1, 6), 0, 4)
+    with pytest.raises(TypeError, match="x: got dtype bfloat16, expected float32 or float64"):
+        residual_kmeans(torch.zeros(1, 6, dtype=torch.bfloat16), 2, 4)
+    with pytest.raises(ValueError, match=r"x: got shape \(10, 0\), expected at least one column"):
+        residual_kmeans(torch.zeros(10, 0), 2, 4)
 
 
 RANK = """
@@ -555,6 +577,11 @@ class TestAttention:
             ({"matches": [(0, 0)]}, "levels: got 0, .* matches"),
             ({"levels": L, "prefix": [(0, -1)]}, r"prefix: got \[\(0, -1\)\], expected pairs of modalities"),
             ({"levels": L, "matches": [(0,)]}, r"matches: got \[\(0,\)\], expected pairs"),
+            ({"dim": 514}, "dim: got 514, expected at most 512 \\(256 a head\\)"),
+            ({"levels": 17, "prefix": [(0, 0)]}, "levels: got 17, expected 0 to 16"),
+            ({"gaps": -1}, "gaps: got -1, expected 0 to 8"),
+            ({"gaps": 1, "gap_buckets": 65}, "gap_buckets: got 65, expected 1 to 64"),
+            ({"levels": L, "prefix": [(0, 0)] * 8, "gaps": 1}, "channels: got 8 of prefix, 0 of matches and 1 gaps"),
         ],
     )
     def test_a_layer_that_cannot_be_is_refused(self, options: dict, message: str) -> None:
@@ -569,8 +596,9 @@ class TestAttention:
             ({}, {"codes": tokens()["codes"]}, "codes: got Tensor, expected None"),
             ({}, {"positions": tokens()["positions"]}, "positions: got Tensor, expected None"),
             ({"levels": L, "prefix": [(0, 2)]}, {"codes": tokens()["codes"]}, r"expected \(..., M, L\) with M above 2"),
-            ({"levels": L + 1, "prefix": [(0, 0)]}, {"codes": tokens()["codes"]}, "bias: got 5 buckets, expected 4"),
-            ({"gaps": 1}, {"positions": tokens()["positions"]}, "bias: got 1 channels, expected 2"),
+            ({"levels": L + 1, "prefix": [(0, 0)]}, {"codes": tokens()["codes"]}, r"codes: .*, expected \(..., M, 4\)"),
+            ({"gaps": 1}, {"positions": tokens()["positions"]}, r"positions: .*, expected \(..., 1\)"),
+            ({"gaps": 2}, {"positions": tokens()["positions"][..., 0]}, r"positions: .*, expected \(..., 2\)"),
             ({}, {"cu_seqlens": torch.tensor([0, S], dtype=torch.int32)}, r"x: got shape .* expected 2 dimensions"),
             ({}, {"x": torch.zeros(S, DIM)}, r"expected 3 dimensions \(B, S, dim\), as cu_seqlens is not"),
             (

@@ -266,6 +266,28 @@ def test_forward_mode_and_torch_func_run_in_the_reference():
             quantized(dual, impl="cpu")
     torch.testing.assert_close(torch.func.jvp(quantized, (x,), (tangent,))[1], tangent)
 
+    def loss(x):
+        return torch.func.jvp(lambda x: residual_quantize(x, codebooks).commitment_loss, (x,), (tangent,))[1]
+
+    assert loss(x).abs().min() > 0
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(x), loss(x))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (None, 0, None), (0, None, None), (None, None, 0)])
+def test_vmap_runs_in_the_reference(in_dims):
+    arguments = torch.randn(2, 6, 4), torch.randint(-1, 5, (2, 6, 3)), torch.randn(2, 3, 5, 4)
+    arguments = [a if dim == 0 else a[0] for a, dim in zip(arguments, in_dims, strict=True)]
+
+    def nth(n):
+        return [a[n] if dim == 0 else a for a, dim in zip(arguments, in_dims, strict=True)]
+
+    found = torch.vmap(residual_statistics, in_dims)(*arguments)
+    for n in range(2):
+        torch.testing.assert_close(tuple(each[n] for each in found), residual_statistics(*nth(n)))
+    if any(dim == 0 for dim in in_dims[1:]):
+        found = torch.vmap(residual_decode, in_dims[1:])(*arguments[1:])
+        torch.testing.assert_close(found, torch.stack([residual_decode(*nth(n)[1:]) for n in range(2)]))
+
 
 @pytest.mark.parametrize("code", [-2, 5])
 def test_compiled_code_refuses_wrong_codes_too(code, impl):

@@ -240,6 +240,16 @@ WRONG = {
         ValueError,
         "key_codes: got shape (2, 5, 1, 3), expected size 4 in dimension -1 (levels of codes)",
     ),
+    "key_codes to be packed that are too large": (
+        lambda: prefix(CODES, TABLE, key_codes=torch.full_like(CODES, 12), codebook_size=4),
+        ValueError,
+        "key_codes: got 12, expected codes below codebook_size=4",
+    ),
+    "key_codes to be packed that are no integers": (
+        lambda: prefix(CODES, TABLE, key_codes=CODES.float(), codebook_size=4),
+        TypeError,
+        "key_codes: got dtype float32, expected int64",
+    ),
     "channels of key_codes": (
         lambda: prefix(CODES, TABLE, key_codes=CODES.expand(2, 5, 2, 4)),
         ValueError,

@@ -164,6 +164,43 @@ def test_torch_func_and_forward_mode_run_in_the_reference() -> None:
         torch.func.jacrev(lambda q: attend(q, impl="cpu"))(query)
 
 
+def test_compiled_torch_func_and_forward_mode_run_in_the_reference_too() -> None:
+    inputs = random_inputs(batch=1, heads=1, rows=3, width=2, kinds=("prefix",))
+    query, key = inputs.tensors["query"], inputs.tensors["key"]
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return similarity_attention(query, key, key, inputs.terms())
+
+    def derivative(query: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(attend, (query,), (torch.ones_like(query),))[1]
+
+    queries = torch.randn(4, *query.shape)
+    for function, argument in ((derivative, query), (torch.vmap(attend), queries)):
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(argument), function(argument))
+
+
+def test_gradients_in_batches_are_for_the_reference() -> None:
+    query = torch.randn(1, 1, 3, 2)
+
+    def jacobian(impl: str, **options) -> torch.Tensor:
+        return torch.autograd.functional.jacobian(
+            lambda query: similarity_attention(query, query, query, impl=impl), query, **options
+        )
+
+    with pytest.raises(ValueError, match="gradients were asked for in batches"):
+        jacobian("cpu", vectorize=True)
+    torch.testing.assert_close(jacobian("reference", vectorize=True), jacobian("cpu"))
+
+
+def test_the_reference_pads_to_the_longest_sequence_and_not_to_the_limit() -> None:
+    query, cu_seqlens = torch.randn(8, 1, 4, dtype=torch.float64), torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    wide, narrow = (
+        similarity_attention_varlen(query, query, query, cu_seqlens=cu_seqlens, max_seqlen=n) for n in (2**30, 5)
+    )
+    assert torch.equal(wide, narrow)
+
+
 def test_torch_func_over_what_is_compared_and_over_lengths() -> None:
     query, bias, codes = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 4), torch.randint(5, (4, 2, 6, 2, 3))
     lengths = torch.randint(1, 7, (4, 2))

@@ -90,6 +90,9 @@ def command(
         handler = signal.signal(signal.SIGTERM, terminate)
         try:
             function(*args, **kwargs)
+        except BrokenPipeError:  # as of `| head`: who read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            raise typer.Exit(1) from None
         except (ValueError, TypeError, OSError, ImportError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from None
@@ -506,7 +509,8 @@ def _recommend_file(model: BBQRec, source: str, k: int, options: dict[str, Any],
     def write_file(path: str | Path) -> None:
         if out.suffix == ".parquet":
             found = [{"user": row["user"], "rank": n, **item} for row in rows for n, item in enumerate(row["items"], 1)]
-            pl.DataFrame(found, infer_schema_length=None).write_parquet(path)
+            kinds = {"user": pl.String, "rank": pl.Int64, "item": pl.String, "title": pl.String, "score": pl.Float64}
+            pl.DataFrame(found, schema=kinds).write_parquet(path)  # the same, also where there are no rows, or no users
             return
         with Path(path).open("w", encoding="utf-8") as file:
             write(file)

@@ -55,7 +55,14 @@ class Features:
 
     @classmethod
     def of_items(cls, values: np.ndarray, rows: np.ndarray, n_items: int) -> Features:
-        """Row `r` of `values` belongs to item `rows[r]`; the items without a row lack the modality."""
+        """Row `r` of `values` belongs to item `rows[r]`; the items without a row lack the modality.
+
+        Raises `ValueError` for rows that are not as many as vectors, no items, or twice the same.
+        """
+        if len(rows) != len(values) or len(np.unique(rows)) < len(rows):
+            raise ValueError(f"rows: got {len(rows)} for {len(values)} vectors, expected a different item for each")
+        if len(rows) and not 0 <= min(rows) <= max(rows) < n_items:
+            raise ValueError(f"rows: got {min(rows)} to {max(rows)}, expected 0 to {n_items - 1}")
         table = np.zeros((n_items, values.shape[1]), np.float32)
         table[rows] = values
         present = np.zeros(n_items, bool)
@@ -101,13 +108,28 @@ class Histories:
     def from_lists(
         cls, sequences: Sequence[Sequence[int]], timestamps: Sequence[Sequence[int]] | None = None
     ) -> Histories:
-        """`sequences[n]` are the items of sequence `n`, oldest first, and `timestamps[n]` their times."""
+        """`sequences[n]` are the items of sequence `n`, oldest first, and `timestamps[n]` their times.
 
-        def flat(lists: Sequence[Sequence[int]]) -> np.ndarray:
-            return np.concatenate([np.asarray(s, np.int64) for s in lists]) if lists else np.empty(0, np.int64)
+        Raises `ValueError` where a sequence has not as many times as items, `TypeError` where a number is not whole.
+        """
 
-        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        return cls(flat(sequences), offsets, None if timestamps is None else flat(timestamps))
+        def flat(name: str, lists: Sequence[Sequence[int]]) -> np.ndarray:
+            arrays = [np.asarray(each) for each in lists if len(each)]
+            for array in arrays:
+                if array.dtype.kind not in "iu":
+                    raise TypeError(f"{name}: got {array.dtype}, expected whole numbers")
+            return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
+
+        lengths = [len(sequence) for sequence in sequences]
+        if timestamps is not None and (times := [len(each) for each in timestamps]) != lengths:
+            n = next((n for n, pair in enumerate(zip(times, lengths, strict=False)) if pair[0] != pair[1]), None)
+            where = "" if n is None else f" of sequence {n}"
+            got, expected = (len(times), len(lengths)) if n is None else (times[n], lengths[n])
+            raise ValueError(f"timestamps{where}: got {got}, expected {expected}, as many as there are items")
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        return cls(
+            flat("sequences", sequences), offsets, None if timestamps is None else flat("timestamps", timestamps)
+        )
 
     @classmethod
     def from_interactions(
@@ -212,7 +234,8 @@ class Dataset:
     def save(self, folder: str | Path) -> None:
         """Writes the native format (see `bbqrec.data.formats.native`); it has no place for users without interactions.
 
-        Raises `ValueError` if `folder` is not empty, an item ID has a newline in it, or a text column is called "item".
+        Raises `ValueError` if `folder` is not empty, an item ID has a newline in it, a text column is called "item", or
+        the name of a feature set is no name of a file.
         """
         from bbqrec.data.formats import native  # the readers need this module
 

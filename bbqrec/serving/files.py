@@ -50,7 +50,7 @@ def read_requests(lines: Iterable[str], name: str) -> Iterator[Request]:
         if not isinstance(history, list) or not history or not all(isinstance(item, str) for item in history):
             raise ValueError(
                 f'{name}: line {number} is {line.strip()[:60]!r}, expected {{"user": "u", "history": ["a", "b"]}} or '
-                '["a", "b"]: a list of item ids, oldest first'
+                '["a", "b"]: a list of item ids as strings, oldest first'
             )
         user = value.get("user")
         yield Request(f"{name}: line {number}", None if user is None else str(user), history, value.get("timestamps"))

@@ -97,24 +97,26 @@ class BBQRec:
                 the modality, and so does a modality that is not there.
 
         Raises:
+            TypeError: items, titles or texts are no lists of strings.
             ValueError: a name is there already, an item has no modality at all, numbers or shapes do not fit, or the
                 model cannot tell new items from their content.
         """
         encoder = self._item_encoder()
-        items = list(items)
-        if not all(isinstance(item, str) and item for item in items):
+        items = _strings("items", items, "names (strings, not empty)")
+        titles = items if titles is None else _strings("titles", titles, "strings, empty where unknown")
+        texts = None if texts is None else _strings("texts", texts, "strings, empty where unknown")
+        if not all(items):
             raise TypeError(f"items: got {items!r}, expected a list of names (strings, not empty)")
         check_unique(items, "items")
         for item in items:
             if item in self._index:
                 raise ValueError(f"items: {item!r} is in the catalogue already; give new items other names")
-        titles = items if titles is None else list(titles)
         if len(titles) != len(items):
             raise ValueError(f"titles: got {len(titles)}, expected {len(items)} (one for each item)")
         titles = [title or item for title, item in zip(titles, items, strict=True)]
         if not items:
             return
-        encoded = encoder.encode(len(items), features or {}, None if texts is None else list(texts))
+        encoded = encoder.encode(len(items), features or {}, texts)
         bare = ~encoded.present.any(1)
         if bare.any():
             known = ", ".join(map(repr, encoder.standardizations))
@@ -208,11 +210,15 @@ class BBQRec:
             they compare within a history, not between histories. TIGER's are log-probabilities.
 
         Raises:
-            TypeError: `histories` is no list of lists of strings.
+            TypeError: `histories` is no list of lists of strings, `k` no whole number, or `candidates` one string.
             ValueError: an item is unknown, a history is empty, `k` is below 1 or above the number of candidates (of
                 TIGER, those that its search finds, `model.beam`, without the history), or timestamps are missing, not
                 needed, or not one for each item.
         """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+            raise TypeError(f"k: got {k!r}, expected a whole number")
+        if isinstance(candidates, str):
+            raise TypeError(f"candidates: got {candidates!r}, expected a list of item ids")
         indices = [self._indices(n, history) for n, history in enumerate(histories)]
         self._check_timestamps(indices, timestamps)
         is_candidate = torch.full((len(self.item_ids),), candidates is None)
@@ -223,12 +229,11 @@ class BBQRec:
             raise ValueError("candidates: got none, expected at least one item id")
         for n, items in enumerate(indices):
             removed = 0 if keep_history else int(is_candidate[sorted(set(items))].sum())
+            what = f"{total} {'items' if candidates is None else 'candidates'}, {removed} of them left out as history"
+            if total == removed:
+                raise ValueError(f"candidates: nothing is left to recommend for history {n} ({what}); keep it")
             if not 1 <= k <= total - removed:
-                what = "items" if candidates is None else "candidates"
-                raise ValueError(
-                    f"k: got {k}, expected 1 to {total - removed} for history {n} "
-                    f"({total} {what}, {removed} of them left out as history)"
-                )
+                raise ValueError(f"k: got {k}, expected 1 to {total - removed} for history {n} ({what})")
         recommended = []
         at_once = max(1, min(BATCH_HISTORIES, BATCH_SCORES // len(self.item_ids)))
         for start in range(0, len(indices), at_once):
@@ -237,10 +242,12 @@ class BBQRec:
             recommended += self._recommend(indices[chosen], times, k, keep_history, is_candidate)
         for n, found in enumerate(recommended):
             if len(found) < k:  # of models that search
+                kept = f"the search keeps {self.model.config.beam} items, without the history or what is no candidate"
+                if not found:
+                    raise ValueError(f"k: nothing is left for history {n}: {kept}; fit with a larger model.beam")
                 raise ValueError(
-                    f"k: got {k}, expected 1 to {len(found)} for history {n}: the search keeps "
-                    f"{self.model.config.beam} items, some of them left out as history or no candidates; ask for "
-                    "fewer, or fit with a larger model.beam"
+                    f"k: got {k}, expected 1 to {len(found)} for history {n}: {kept}; ask for fewer, or fit with a "
+                    "larger model.beam"
                 )
         return recommended
 
@@ -315,7 +322,8 @@ class BBQRec:
             )
         for n, history in enumerate(histories if needed else ()):
             times = list(timestamps[n]) if n < len(timestamps) and isinstance(timestamps[n], Iterable) else []
-            whole = all(isinstance(t, (int, np.integer)) and -(2**63) <= t < 2**63 for t in times)
+            whole = all(type(t) is int or isinstance(t, np.integer) for t in times)  # a bool is an int
+            whole = whole and all(-(2**63) <= t < 2**63 for t in times)
             if len(times) != len(history) or not whole or times != sorted(times):
                 raise ValueError(
                     f"timestamps: got {times} for history {n}, expected {len(history)} whole numbers, oldest first"
@@ -350,6 +358,13 @@ class BBQRec:
             with torch.no_grad():
                 self._vectors = self.model.item_vectors()
         return self.model.score(batch, self._vectors)
+
+
+def _strings(name: str, values: Iterable[str], expected: str) -> list[str]:
+    listed = list(values)
+    if isinstance(values, str) or not all(isinstance(value, str) for value in listed):
+        raise TypeError(f"{name}: got {values!r}, expected a list of {expected}")
+    return listed
 
 
 def _read_new_items(

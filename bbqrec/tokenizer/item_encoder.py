@@ -27,6 +27,7 @@ from bbqrec.tokenizer.model import ROWS_AT_ONCE, Standardization, encoder, stand
 from bbqrec_kernels import residual_quantize
 
 FEATURES, WORDS, TOKENIZER = "features.parquet", "words.parquet", "tokenizer.safetensors"
+FARTHEST = 1e6  # standard deviations from a run's features: further away they are no such features, but an accident
 
 
 def save_preparation(folder: Path, features: dict[str, Features], directions: Tensor | None) -> None:
@@ -156,6 +157,11 @@ class ItemEncoder:
         for m, (name, preparation) in enumerate(self.standardizations.items()):
             mask = present.get(name, np.zeros(n, bool))
             x = preparation.apply(values.get(name, np.zeros((n, len(preparation.mean)), np.float32)), mask)
+            if not (x.abs() <= FARTHEST).all():
+                raise ValueError(
+                    f"features[{name!r}]: got numbers more than {FARTHEST:,.0f} standard deviations from those of the "
+                    "run; make them as those of the data set were"
+                )
             standardized.append(x)
             masks.append(mask)
             if self.encoders is not None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -155,6 +156,8 @@ def _start(
     """Checks everything that can be checked before training, and claims the run folder as long as `holding` lasts."""
     if not isinstance(data, Dataset):
         data = Dataset.load(data)
+    if not isinstance(config, (Config, NoneType)):
+        raise TypeError(f"config: got {type(config).__name__}, expected a Config; Config().override takes a mapping")
     config = config or Config()
     if model is not None:
         config = config.override({"model_name": model})

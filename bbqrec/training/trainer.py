@@ -179,9 +179,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)  # written on a GPU, read without one
 
 
+class _Keeper(ModelCheckpoint):
+    """Knows which epoch was the best in a run folder that was moved or copied, too: Lightning forgets it there."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return path and str(Path(self.dirpath) / Path(path).name)
+
+        moved = {name: here(path) for name, path in state_dict.items() if name.endswith("_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
+
+
 def _keep(stage: Stage, name: str, **monitor: str) -> ModelCheckpoint:
     """Keeps the checkpoint `<name>.ckpt` of the best epoch where a metric is monitored, otherwise of the latest."""
-    return ModelCheckpoint(stage.checkpoints, filename=name, enable_version_counter=False, **monitor)
+    return _Keeper(stage.checkpoints, filename=name, enable_version_counter=False, **monitor)
 
 
 def _fit_interruptibly(trainer: L.Trainer, module: EpochSeeded, stage: Stage, checkpoint: Path | None) -> None:

@@ -14,6 +14,7 @@ metadata have no texts, and of several lines for one item the first counts. Time
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import html
 import json
@@ -95,7 +96,8 @@ def _read_reviews(path: Path) -> tuple[Table, bool]:
                     f"{path}: line {line} has {keys['timestamp']} {value!r}, expected a whole number"
                 ) from None
         raise ValueError(f"{path}: cannot be read ({one_line(error)}); download it again") from None
-    table = Table(frame.rename({key: column for column, key in keys.items() if key is not None}), path, first_line=1)
+    # Its errors count rows: empty lines are none.
+    table = Table(frame.rename({key: column for column, key in keys.items() if key is not None}), path)
     return table.with_ids("user", "item"), keys["timestamp"] == "timestamp"
 
 
@@ -158,7 +160,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
     """Whole lines, in blocks: review texts may not fit into memory."""
     with _open(path) as file:
         while block := file.read(BLOCK_BYTES):
-            yield block + _line(file, path)
+            yield (block + _line(file, path)).removeprefix(codecs.BOM_UTF8)
 
 
 def _line(file: IO[bytes], path: Path) -> bytes:

@@ -16,6 +16,7 @@ Text files whose first line is not all numbers, and other files, such as `_item2
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def _paths(folder: Path) -> list[Path]:
 
 def _is_history(path: Path) -> bool:
     with path.open("rb") as file:
-        tokens = file.readline().split()
+        tokens = file.readline().removeprefix(codecs.BOM_UTF8).split()
     return len(tokens) > 1 and all(token.isdigit() for token in tokens)
 
 

@@ -104,6 +104,9 @@ def write(data: Dataset, folder: Path) -> None:
     check_lines(data.item_ids)
     if "item" in data.texts:
         raise ValueError("texts: got a column 'item', which is where the names of items are written; rename it")
+    for name in data.features:  # it becomes the name of a file
+        if not name or name.startswith(".") or any(mark in name for mark in "/\\\0"):
+            raise ValueError(f"features: got the name {name!r}, expected one without slashes and a dot at its start")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: {folder} is a file, expected a folder; give a new name")
     if folder.exists() and any(folder.iterdir()):

@@ -472,6 +472,24 @@ def test_many_histories_from_a_file(bbqrec_run, requests, tmp_path, monkeypatch)
     assert [json.loads(line)["user"] for line in lines.stdout.splitlines()] == [row["user"] for row in rows]
 
 
+@pytest.mark.parametrize("lines", ["", '["item-0003"]\n'], ids=["no request", "no user"])
+def test_answers_have_the_same_columns_whatever_the_requests(lines, bbqrec_run, tmp_path):
+    (tmp_path / "requests.jsonl").write_text(lines)
+    out = tmp_path / "found.parquet"
+    succeed("recommend", bbqrec_run.folder, "--requests", tmp_path / "requests.jsonl", "--out", out)
+    kinds = {"user": pl.String, "rank": pl.Int64, "item": pl.String, "title": pl.String, "score": pl.Float64}
+    assert dict(pl.read_parquet_schema(out)) == kinds
+
+
+def test_a_reader_that_has_enough_is_no_error(bbqrec_run, requests):
+    path, _ = requests
+    program = f"{sys.executable} -c 'from bbqrec.cli import run; run()'"
+    command = f"{program} recommend {bbqrec_run.folder} --requests {path} -k 20 | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(result.stdout)["user"] == "u0"
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

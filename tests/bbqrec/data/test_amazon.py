@@ -132,9 +132,9 @@ def metadata(content):
         (reviews(b"{\n"), r"Tiny_5\.json\.gz: line 2 is no JSON object"),
         (reviews(b"[1]\n"), r"Tiny_5\.json\.gz: line 2 is no JSON object"),
         (reviews({}, {"unixReviewTime": "noon"}), r"Tiny_5\.json\.gz: line 3 has unixReviewTime 'noon'"),
-        (reviews({"unixReviewTime": None}), r"Tiny_5\.json\.gz: line 2 has timestamp None"),
-        (reviews({"reviewerID": ""}), r"Tiny_5\.json\.gz: column 'user' is empty in line 2"),
-        (reviews({"asin": None}), r"Tiny_5\.json\.gz: column 'item' is empty in line 2"),
+        (reviews({"unixReviewTime": None}), r"Tiny_5\.json\.gz: row 2 .* has timestamp None"),
+        (reviews({"reviewerID": ""}), r"Tiny_5\.json\.gz: column 'user' is empty in row 2"),
+        (reviews({"asin": None}), r"Tiny_5\.json\.gz: column 'item' is empty in row 2"),
         (metadata(b""), r"meta_Tiny\.json\.gz: has no lines"),
         (metadata(lines(METADATA_2018) + b"oops\n"), r"meta_Tiny\.json\.gz: line 4 is no JSON object"),
         (metadata(lines(METADATA_2018) + b'{"title": "x"}\n'), r"meta_Tiny\.json\.gz: line 4 names no item"),
@@ -169,6 +169,14 @@ def test_half_of_a_character_becomes_a_question_mark(folder):
     data = Dataset.load(folder)
     assert data.texts == {"title": ["", "half ? a character"]}
     data.fingerprint()
+
+
+def test_a_byte_order_mark_and_empty_lines_are_no_reviews(folder):
+    expected = Dataset.load(folder).fingerprint()
+    path = folder / "Tiny_5.json.gz"
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + content.replace(b"\n", b"\n\n")))
+    assert Dataset.load(folder).fingerprint() == expected
 
 
 def test_lists_in_lists_and_numbers_without_end_are_no_text(folder):

@@ -89,6 +89,31 @@ def test_contents_that_do_not_fit_together(tiny, change, message):
         replace(tiny, **change)
 
 
+def test_histories_from_lists():
+    histories = Histories.from_lists([[0, 1], [], [2]], [[5, 6], [], [7]])
+    assert [each.tolist() for each in histories] == [[0, 1], [], [2]]
+    assert histories.timestamps.tolist() == [5, 6, 7]
+    with pytest.raises(ValueError, match="timestamps of sequence 0: got 1, expected 2, as many as there are items"):
+        Histories.from_lists([[0, 1], [2]], [[1], [2, 3]])
+    with pytest.raises(ValueError, match="timestamps: got 1, expected 2"):
+        Histories.from_lists([[0], [2]], [[1]])
+    with pytest.raises(TypeError, match="sequences: got float64, expected whole numbers"):
+        Histories.from_lists([[0.5]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 99], "rows: got 0 to 99, expected 0 to 3"),
+        ([1, 1], "rows: got 2 for 2 vectors"),
+        ([1], "rows: got 1 for 2"),
+    ],
+)
+def test_features_of_items_that_are_not_there(rows, message):
+    with pytest.raises(ValueError, match=message):
+        Features.of_items(np.ones((2, 3)), np.array(rows), 4)
+
+
 def test_titles_and_texts(tiny):
     assert [tiny.title(i) for i in range(4)] == ["Blue mug", "bowl", "Läslampa", "Bench, 2 m"]
     assert [tiny.text(i) for i in range(4)] == ["Blue mug. clay", "a\nb", "Läslampa", "Bench, 2 m. oak"]

@@ -33,6 +33,13 @@ def test_reads_lines_items_and_codes(folder):
     assert not data.features["text"].derived
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_number(folder):
+    expected = Dataset.load(folder).fingerprint()
+    path = folder / "Tiny.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Dataset.load(folder).fingerprint() == expected
+
+
 def test_items_are_named_by_their_number_without_asin(folder):
     (folder / "Tiny_items.tsv").rename(folder / "items.tsv")
     (folder / "items.tsv").write_text("id\ttitle\n10\tTen\n2\tTwo\n3\tThree\n04\tFour\n")

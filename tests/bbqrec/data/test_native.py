@@ -161,6 +161,13 @@ def test_a_text_column_in_the_place_of_the_ids_is_not_saved(tmp_path, tiny):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "a\0b", ".x", ".."])
+def test_features_whose_name_is_none_of_a_file_are_not_saved(tmp_path, tiny, name):
+    with pytest.raises(ValueError, match=r"features: got the name .*, expected one without slashes"):
+        replace(tiny, features={name: tiny.features["text"]}).save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r"])
 def test_item_ids_with_newlines_are_not_saved(tmp_path, tiny, newline):
     bad = replace(tiny, item_ids=["mug", f"bo{newline}wl", "lamp", "bench"])

@@ -124,6 +124,24 @@ def test_k_is_bounded_by_the_candidates(k, model, histories):
         model.recommend(histories, k)
 
 
+def test_a_history_that_leaves_nothing_is_named(model, histories):
+    with pytest.raises(ValueError, match=r"nothing is left to recommend for history 0 \(3 candidates, 3 of them left"):
+        model.recommend(histories[:1], 1, candidates=histories[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k": "2"}, "k: got '2'"),
+        ({"k": 2.0}, "k: got 2.0"),
+        ({"candidates": "item-0001"}, "candidates: got 'item-0001'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(wrong, message, model, histories):
+    with pytest.raises(TypeError, match=message):
+        model.recommend(histories, **wrong)
+
+
 def test_no_candidates_are_named(model, histories):
     with pytest.raises(ValueError, match="candidates: got none, expected at least one item id"):
         model.recommend(histories, candidates=[])
@@ -174,7 +192,16 @@ def test_a_model_that_reads_times_wants_one_for_each_item(timed_data, tiny_confi
     assert timed.recommend(histories, timestamps=soon) != timed.recommend(histories, timestamps=late)
     with pytest.raises(ValueError, match="timestamps: got None, expected one for each item"):
         timed.recommend(histories)
-    for wrong in ([[1], [1], [1]], [[1.5, 2, 3]], [["1", "2", "3"]], [[3, 2, 1]], [5], [], [[1, 2, 2**63]]):
+    for wrong in (
+        [[1], [1], [1]],
+        [[1.5, 2, 3]],
+        [["1", "2", "3"]],
+        [[3, 2, 1]],
+        [5],
+        [],
+        [[1, 2, 2**63]],
+        [[False, 1, True]],
+    ):
         with pytest.raises(ValueError, match=r"timestamps: got .* expected [123] whole numbers, oldest first"):
             timed.recommend(histories, timestamps=wrong)
     with pytest.raises(ValueError, match="timestamps: got some, expected None, as this model reads no times"):

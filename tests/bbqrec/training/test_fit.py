@@ -629,6 +629,27 @@ def test_a_damaged_checkpoint_without_a_best_one_is_named(content, bbqrec_run, t
         fit(tiny_data, copy, config=tiny_config, progress=False)
 
 
+def test_the_best_epoch_is_remembered_in_a_folder_that_was_moved(tiny_data, tiny_config, tmp_path, monkeypatch):
+    config = tiny_config.override({"training.epochs": 5, "training.patience": 5, "training.learning_rate": 0.05})
+    undisturbed = fit(tiny_data, tmp_path / "undisturbed", model="sasrec", config=config, progress=False)
+    best = torch.load(undisturbed.folder / "checkpoints" / "sequence_model" / "best.ckpt", weights_only=True)["epoch"]
+    assert best < 4  # otherwise nothing could be forgotten
+    with monkeypatch.context() as patch:
+        stop_after(patch, SequenceModule, best, throw)
+        with pytest.raises(Stop):
+            fit(tiny_data, tmp_path / "before", model="sasrec", config=config, progress=False)
+    (tmp_path / "before").rename(tmp_path / "after")
+    resumed = fit(tiny_data, tmp_path / "after", model="sasrec", config=config, progress=False)
+    assert resumed.metrics == undisturbed.metrics
+    assert same_weights(resumed, undisturbed)
+
+
+def test_options_that_are_no_config_are_refused(tiny_data, tmp_path):
+    with pytest.raises(TypeError, match="config: got dict, expected a Config"):
+        fit(tiny_data, tmp_path / "run", config={"training.epochs": 1})
+    assert not (tmp_path / "run").exists()
+
+
 def test_patience_holds_after_resuming(tiny_data, tiny_config, tmp_path):
     config = tiny_config.override({"training.epochs": 40, "training.patience": 1, "training.learning_rate": 0.1})
     run = fit(tiny_data, tmp_path / "run", model="sasrec", config=config, progress=False)

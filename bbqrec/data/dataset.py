@@ -61,8 +61,8 @@ class Features:
         """
         if len(rows) != len(values) or len(np.unique(rows)) < len(rows):
             raise ValueError(f"rows: got {len(rows)} for {len(values)} vectors, expected a different item for each")
-        if len(rows) and not 0 <= min(rows) <= max(rows) < n_items:
-            raise ValueError(f"rows: got {min(rows)} to {max(rows)}, expected 0 to {n_items - 1}")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < n_items:
+            raise ValueError(f"rows: got {rows.min()} to {rows.max()}, expected 0 to {n_items - 1}")
         table = np.zeros((n_items, values.shape[1]), np.float32)
         table[rows] = values
         present = np.zeros(n_items, bool)

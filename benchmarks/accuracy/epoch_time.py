@@ -21,6 +21,7 @@ from bbqrec.data.splits import leave_one_out
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.tokenizer import Tokenizer
 from bbqrec.tokenizer.item_encoder import catalogue_features, principal_directions
+from bbqrec.training.optimizer import RowwiseAdamW
 
 
 def step(model: SequenceModel, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> float:
@@ -50,7 +51,8 @@ def main() -> None:
         "SASRec": SequenceModel(data.n_items, config.override({"model_name": "sasrec"}).model),
         "BBQRec": SequenceModel(data.n_items, config.model, tokenizer.eval().semantic_ids(), features),
     }
-    optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
+    options = {"lr": config.training.learning_rate, "weight_decay": config.training.weight_decay}
+    optimizers = {name: RowwiseAdamW(model.parameters(), [], **options) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for n, batch in enumerate(batches):
         if n > arguments.steps:

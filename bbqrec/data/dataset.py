@@ -120,16 +120,17 @@ class Histories:
                     raise TypeError(f"{name}: got {array.dtype}, expected whole numbers")
             return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
 
-        lengths = [len(sequence) for sequence in sequences]
-        if timestamps is not None and (times := [len(each) for each in timestamps]) != lengths:
-            n = next((n for n, pair in enumerate(zip(times, lengths, strict=False)) if pair[0] != pair[1]), None)
-            where = "" if n is None else f" of sequence {n}"
-            got, expected = (len(times), len(lengths)) if n is None else (times[n], lengths[n])
-            raise ValueError(f"timestamps{where}: got {got}, expected {expected}, as many as there are items")
-        offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        return cls(
-            flat("sequences", sequences), offsets, None if timestamps is None else flat("timestamps", timestamps)
-        )
+        items, offsets = flat("sequences", sequences), np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        if timestamps is None:
+            return cls(items, offsets)
+        if len(timestamps) != len(sequences):
+            raise ValueError(f"timestamps: got {len(timestamps)}, expected {len(sequences)} (one list a sequence)")
+        for n, (sequence, times) in enumerate(zip(sequences, timestamps, strict=True)):
+            if len(times) != len(sequence):
+                raise ValueError(
+                    f"timestamps of sequence {n}: got {len(times)}, expected {len(sequence)} (one an item)"
+                )
+        return cls(items, offsets, flat("timestamps", timestamps))
 
     @classmethod
     def from_interactions(

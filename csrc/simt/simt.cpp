@@ -29,7 +29,8 @@ enum class State { kReady, kAtWarp, kAtBarrier, kDone };
 struct Thread {
   int index = 0;
   State state = State::kReady;
-  std::string waits_for;
+  const char* waits_for = "";
+  Location waits_at;
   std::vector<Copy> uncommitted;
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
 #if defined(__x86_64__)
@@ -49,8 +50,8 @@ struct Meeting {
 };
 
 struct Warp {
-  uint32_t time = 0;  // warp barriers passed
-  std::vector<std::unique_ptr<Meeting>> meetings;
+  uint32_t time = 0;                                      // warp barriers passed
+  std::vector<std::unique_ptr<Meeting>> meetings, ended;  // those that ended are used again
 };
 
 struct Block {
@@ -217,7 +218,9 @@ void finish_barrier() {
       std::string(block->kernel) + ": divergent barrier in block " + std::to_string(block->index.x) + ": ";
   std::vector<std::pair<std::string, std::vector<int>>> groups;
   for (const Thread& thread : block->threads) {
-    const std::string what = thread.state == State::kDone ? "ended" : "wait for " + thread.waits_for;
+    const std::string what = thread.state == State::kDone
+                                 ? "ended"
+                                 : std::string("wait for ") + thread.waits_for + " at " + at(thread.waits_at);
     auto found = std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.first == what; });
     if (found == groups.end()) found = groups.insert(groups.end(), {what, {}});
     found->second.push_back(thread.index);
@@ -352,7 +355,8 @@ void sync_threads(Location location) {
     fault("divergent barrier: waits at " + at(location) + " while others wait at " + at(block->barrier));
   }
   block->barrier = location;
-  me.waits_for = "the barrier at " + at(location);
+  me.waits_for = "the barrier";
+  me.waits_at = location;
   me.state = State::kAtBarrier;
   if (++block->waiting == static_cast<int>(block->threads.size())) {
     finish_barrier();
@@ -385,11 +389,15 @@ Slot exchange(const char* name, uint32_t mask, const Slot& operand, const std::f
     meeting = open.get();
   }
   if (!meeting) {
-    warp.meetings.push_back(std::make_unique<Meeting>());
+    if (warp.ended.empty()) warp.ended.push_back(std::make_unique<Meeting>());
+    warp.meetings.push_back(std::move(warp.ended.back()));
+    warp.ended.pop_back();
     meeting = warp.meetings.back().get();
     meeting->name = name;
     meeting->mask = meeting->to_leave = mask;
+    meeting->arrived = 0;
     meeting->location = location;
+    meeting->finished = false;
   }
   meeting->slots[lane] = operand;
   meeting->arrived |= bit;
@@ -402,13 +410,17 @@ Slot exchange(const char* name, uint32_t mask, const Slot& operand, const std::f
     }
   } else {
     me.state = State::kAtWarp;
-    me.waits_for = std::string(name) + " at " + at(location);
+    me.waits_for = name;
+    me.waits_at = location;
     to_scheduler();
   }
   const Slot result = meeting->slots[lane];
   meeting->to_leave &= ~bit;
   if (!meeting->to_leave) {
-    std::erase_if(warp.meetings, [&](const auto& open) { return open.get() == meeting; });
+    const auto ended = std::find_if(warp.meetings.begin(), warp.meetings.end(),
+                                    [&](const auto& open) { return open.get() == meeting; });
+    warp.ended.push_back(std::move(*ended));
+    warp.meetings.erase(ended);
   }
   return result;
 }

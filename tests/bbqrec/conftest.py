@@ -11,6 +11,7 @@ import torch
 from bbqrec import Config, Dataset, Run, fit
 from bbqrec.data.batches import PackedBatch, pack_histories
 from bbqrec.data.demo import make_demo_dataset
+from bbqrec.training.plots import Figure
 
 TINY = {
     "tokenizer.levels": 3,
@@ -73,6 +74,12 @@ def sasrec_run(tiny_data: Dataset, tiny_config: Config, tmp_path_factory: pytest
 @pytest.fixture(scope="session")
 def tiger_run(tiny_data: Dataset, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return _run("tiger", tiny_data, tiny_config.override({"model.beam": 30}), tmp_path_factory)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing them is over half of a tiny run. tests/bbqrec/training/test_plots.py draws."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: Path(path).touch())
 
 
 def _run(model: str, data: Dataset, config: Config, folders: pytest.TempPathFactory) -> Run:

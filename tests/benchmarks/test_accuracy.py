@@ -1,5 +1,7 @@
 """`python -m benchmarks.accuracy` measures what `fit` and `evaluate` say, and its tables say what the rows do."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,24 @@ SHOP = {
 }
 
 
+class InThisProcess:
+    """Stands in for the pool of processes, whose start takes longer than such a run."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __enter__(self) -> "InThisProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable, *arguments: object) -> Future:
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that measures the runs of `SHOP` on a small data set, and the data set."""
@@ -47,10 +67,13 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return call, data
 
 
-def test_rows_are_what_fit_and_evaluate_say_and_none_is_measured_twice(shop, tmp_path: Path, capsys) -> None:
+def test_rows_are_what_fit_and_evaluate_say_and_none_is_measured_twice(
+    shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     call, data = shop
     split = leave_one_out(data)
     first = call("--run", "bbqrec", "--seeds", "1")
+    monkeypatch.setattr(__main__, "ProcessPoolExecutor", InThisProcess)
     assert first.select("run", "seed", "split").rows() == [("bbqrec", 0, "test"), ("bbqrec", 0, "validation")]
     finished = (tmp_path / "out" / "shop" / "bbqrec-0" / "run.json").stat().st_mtime_ns
 
@@ -177,6 +200,7 @@ def test_files_name_options_that_there_are_and_rows_are_theirs(name: str) -> Non
 def test_grid_is_of_every_model_and_its_table_of_validation(shop, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     call, _ = shop
     points = [["model.dropout=0.2"], ["model.dropout=0.35"]]
+    monkeypatch.setattr(__main__, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(runs, "POINTS", points)
     monkeypatch.setattr(table, "POINTS", points)
     rows = call("--grid", "--seeds", "2")

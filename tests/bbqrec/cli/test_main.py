@@ -18,6 +18,8 @@ from bbqrec.config import flat_options
 from bbqrec.evaluation.ranking import METRICS
 from bbqrec.report import collect
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -45,7 +47,8 @@ from bbqrec.cli.main import app
 class Watch:
     def find_spec(name, *_):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
 
 sys.meta_path.insert(0, Watch)
 app(["evaluate", "nowhere"])

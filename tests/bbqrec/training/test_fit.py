@@ -31,6 +31,8 @@ from bbqrec.training import modules
 from bbqrec.training.modules import SequenceModule, TokenizerModule
 from bbqrec.training.plots import read_log
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 class Stop(Exception):
     pass
@@ -85,8 +87,6 @@ def test_run_folder(bbqrec_run, tiny_data, tiny_config):
     assert run.semantic_ids.modalities == tuple(tiny_data.features)
     for m, name in enumerate(tiny_data.features):
         assert table[f"codes/{name}"].to_list() == run.model.codes[:, m].tolist()
-    for name in ("curves.png", "codebooks.png"):
-        assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_sasrec_has_no_tokenizer(sasrec_run):
@@ -360,7 +360,7 @@ def test_tokenize_is_the_first_half_of_fit(bbqrec_run, tiny_data, tiny_config, t
     assert not run.finished
     assert run.items.equals(bbqrec_run.items)
     assert run.tokenizer_figures == bbqrec_run.tokenizer_figures
-    assert (run.folder / "codebooks.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.folder / "codebooks.png").exists()
     with monkeypatch.context() as patch:
         patch.setattr("bbqrec.training.fit.train", lambda *_, **__: pytest.fail("trained again"))
         tokenize(tiny_data, run.folder, config=tiny_config, progress=False)

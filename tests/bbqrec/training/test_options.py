@@ -8,6 +8,8 @@ from bbqrec import fit
 from bbqrec.config import flat_options, option_names
 from bbqrec.training.plots import read_log
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Another value of each option, and what it needs beside it to matter.
 ALTERNATIVES = {
     "model_name": ("sasrec", {}),

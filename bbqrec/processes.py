@@ -7,7 +7,9 @@ nothing.
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,6 +51,9 @@ def together() -> Iterator[None]:
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Its defaults are the group that there is when it is imported, by whomever, which would keep that group.
+    from torch.distributed import nn  # noqa: F401
+
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
     try:
         yield
@@ -60,7 +65,17 @@ def together() -> Iterator[None]:
             "message says why; start all of them again to resume"
         ) from error
     finally:
+        _forget_groups()
         distributed.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Whoever keeps a group keeps threads of gloo, and those may abort a process that exits."""
+    if "torch.distributed.tensor" in sys.modules:  # what it remembers of tensors that were shared out holds their group
+        from torch.distributed.tensor import debug
+
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
+        gc.collect()
 
 
 def first_does(do: Callable[[], object]) -> None:

@@ -111,7 +111,8 @@ with together():
 """
 # With items shared out and without, under the same seeds.
 SHARE = """
-import json, sys
+import json, sys, weakref
+from torch import distributed
 from bbqrec import Config, fit
 from bbqrec.models.sequence_model import SequenceModel
 from bbqrec.processes import rank_and_world, together
@@ -132,6 +133,8 @@ with together():
     for name, shared in (("whole", False), ("shared", True)):
         config = Config().override({**json.loads(options), "model.sharded_items": shared})
         fit(data, f"{out}/{name}", config=config, progress=False)
+    group = weakref.ref(distributed.group.WORLD)
+assert group() is None, "threads of gloo outlive their use"
 """
 # Stopped in the third epoch, copied as it is then, and resumed.
 RESUME = """

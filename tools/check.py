@@ -17,7 +17,7 @@ LOGS = ROOT / "build" / "check"
 WORKERS = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 STEPS = {
     # the CPU sources for other architectures and compilers; sdist, wheel, every way of pip install
-    "tests": [sys.executable, "-m", "pytest", "-q", "-m", "check", "-n", WORKERS, "--dist", "loadgroup", "tests"],
+    "tests": [sys.executable, *f"-m pytest -q -m check -n {WORKERS} --dist loadgroup --durations=20 tests".split()],
     # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
     "sanitizers": ["bash", "tools/sanitize.sh", "address,undefined", "-n", WORKERS],
     # those of several threads under ThreadSanitizer, in one process: workers would share the threads out

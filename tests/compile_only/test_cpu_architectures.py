@@ -56,8 +56,9 @@ def test_compiles_without_warnings(target: str, tmp_path: Path) -> None:
     times = {True: 4 if x86 == "ON" else 1, False: 1}
     expected = {p.name: times[p.stem.endswith("_simd")] for p in (ROOT / "csrc" / "cpu").glob("*.cpp")}
     assert compiled == expected
+    quick = ["-O0"] if compiler[:3] == CLANG[:3] else []  # Clang's warnings, unlike GCC's, do not need its optimizer
     for command in commands:
-        arguments = [*compiler, *shlex.split(command["command"])[1:]]
+        arguments = [*compiler, *shlex.split(command["command"])[1:], *quick]
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

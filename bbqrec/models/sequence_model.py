@@ -149,7 +149,7 @@ class SequenceModel(nn.Module):
         """Vectors of some items, by their rows; `item_id` are theirs."""
         parts = [] if item_id is None else [item_id]
         if self.has_content:
-            parts.append(self.content(decode(own_rows(self.codes)[rows], self.codebooks)))
+            parts.append(decode(own_rows(self.codes)[rows], self.content(self.codebooks)))  # fewer codewords than items
         if self.features is not None:
             parts.append(self.of_features(own_rows(self.features)[rows]))
         return sum(parts[1:], parts[0])

@@ -99,6 +99,5 @@ class SemanticIDs:
 
 def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """Sums the codewords of all modalities: `(N, M, L)`, codebooks `(S, L, K, d)` → `(N, d)`; gradient to codebooks."""
-    if codebooks.shape[0] == 1:
-        return residual_decode(codes, codebooks[0]).sum(1)
-    return torch.stack([residual_decode(codes[:, m], book) for m, book in enumerate(codebooks)]).sum(0)
+    of_each = codebooks.expand(codes.shape[1], -1, -1, -1)
+    return residual_decode(codes.flatten(1), of_each.flatten(0, 1))

@@ -73,6 +73,7 @@ VARIATIONS = {
     "cosine + own, fast": Variation(("cosine", "own"), speed=20),
     "cosine + own, lift": Variation(("cosine", "own"), lift=True),
     "place": Variation(("place",)),
+    "prefix + place": Variation(("prefix", "place")),
     "prefix + place, fast": Variation(("prefix", "place"), speed=20),
     "time": Variation(("time",)),
     "prefix + place + time": Variation(("prefix", "place", "time")),
@@ -331,6 +332,9 @@ def main() -> None:
         parser.error("--data, --out and --csv are needed to measure")
 
     data, options = Dataset.load(arguments.data), " ".join(arguments.set)
+    timed = [name for name in arguments.variations if "time" in VARIATIONS[name].terms]
+    if timed and data.histories.timestamps is None:
+        parser.error(f"--variations: got {', '.join(timed)}, but {arguments.data} has no timestamps; leave it out")
     split, config = leave_one_out(data), Config().override(arguments.set)
     keys = ["options", "variation", "seed"]
     done = pl.read_csv(arguments.csv).fill_null("") if arguments.csv.exists() else pl.DataFrame()

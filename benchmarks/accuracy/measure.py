@@ -36,14 +36,17 @@ def measure(data: Dataset, name: str, model: str, options: list[str], seed: int,
     else:
         folder = out / f"{name}-{seed}"
         config = Config().override([*options, f"training.seed={seed}"])
+        note = out / f"{name}-{seed}.commits"  # beside the folder, where `fit` wants nothing of others
+        trained_by = note.read_text().split() if note.exists() else []
+        if made["commit"] not in trained_by and not (folder / "metrics.json").exists():
+            trained_by.append(made["commit"])
+            out.mkdir(parents=True, exist_ok=True)
+            note.write_text(" ".join(trained_by))
         run = fit(data, folder, model=model, config=config)
         ranker, max_length = run.model.eval(), run.config.model.max_length
         costs = {key: run.facts[key] for key in ("seconds", "peak_memory_mb")}
         made |= {"device": run.facts["device"], **run.facts["versions"]}
-        note = folder / "commit.txt"  # of the first call: that of a finished run stays
-        if not note.exists():
-            note.write_text(made["commit"])
-        made["commit"] = note.read_text()
+        made["commit"] = " ".join(trained_by) or made["commit"]
     facts = {"run": name, "model": model, "options": " ".join(options), "seed": seed}
     rows = []
     for part, heldout in (("validation", split.validation), ("test", split.test)):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from bbqrec import Config
+from bbqrec import Config, Dataset
 from bbqrec.data.demo import make_demo_dataset
 from bbqrec.data.splits import leave_one_out
 from bbqrec.evaluation import evaluate
@@ -106,6 +106,20 @@ def test_rows_are_what_fit_and_evaluate_say_and_none_is_measured_twice(
     assert "`bbqrec`" not in capsys.readouterr().out
     call()
     assert "| `bbqrec` | SASRec `training.epochs=1` `model.max_length=7` | 2 |" in capsys.readouterr().out
+
+
+def test_rows_name_the_commits_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_demo_dataset(n_users=80, n_items=40)
+    data.save(tmp_path / "data")
+    run = Dataset.load(tmp_path / "data"), "sasrec", "sasrec", ["training.epochs=1"], 0, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "commit", lambda: "first")
+        patch.setattr(measure, "fit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            measure.measure(*run)
+    for now in ("second", "third"):  # which finishes it, and which finds it finished
+        monkeypatch.setattr(measure, "commit", lambda now=now: now)
+        assert {row["commit"] for row in measure.measure(*run)} == {"first second"}
 
 
 @pytest.mark.parametrize(

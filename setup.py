@@ -187,7 +187,15 @@ class BuildLibraries(Command):
     def run(self) -> None:
         if self.inplace or self.editable_mode:
             # CMake keeps the compiler, the flags and the place that it first saw: others get another folder.
-            names = ("CXX", "CXXFLAGS", "LDFLAGS", "BBQ_SANITIZE", "CUDACXX", "BBQ_CUDA_ARCHITECTURES")
+            names = (
+                "CXX",
+                "CXXFLAGS",
+                "LDFLAGS",
+                "CMAKE_BUILD_TYPE",
+                "BBQ_SANITIZE",
+                "CUDACXX",
+                "BBQ_CUDA_ARCHITECTURES",
+            )
             seen = zlib.crc32(repr([str(ROOT), *(os.environ.get(name) for name in names)]).encode())
             self.build_into(ROOT / PACKAGE, ROOT / "build", f"-{seen:08x}")
         else:

@@ -51,7 +51,8 @@ def together() -> Iterator[None]:
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Its defaults are the group that there is when it is imported, by whomever, which would keep that group.
+    # Imported while there is no group, and used by nobody here: default arguments of its functions are the group that
+    # there is at the import, and DTensor imports it sooner or later, which would keep our group for good.
     from torch.distributed import nn  # noqa: F401
 
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
@@ -71,11 +72,12 @@ def together() -> Iterator[None]:
 
 def _forget_groups() -> None:
     """Whoever keeps a group keeps threads of gloo, and those may abort a process that exits."""
-    if "torch.distributed.tensor" in sys.modules:  # what it remembers of tensors that were shared out holds their group
+    if "torch.distributed.tensor" in sys.modules:  # its cache holds the group of every tensor that was shared out
         from torch.distributed.tensor import debug
 
+        # PyTorch's own name for it is private: where it has another one, the threads stay, and all else is the same.
         getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
-        gc.collect()
+        gc.collect()  # models in cycles hold it too
 
 
 def first_does(do: Callable[[], object]) -> None:

@@ -51,10 +51,6 @@ def together() -> Iterator[None]:
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Imported while there is no group, and used by nobody here: default arguments of its functions are the group that
-    # there is at the import, and DTensor imports it sooner or later, which would keep our group for good.
-    from torch.distributed import nn  # noqa: F401
-
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=PATIENCE)
     try:
         yield
